@@ -1,0 +1,78 @@
+# The two that matter: `make book` and `make test`. Both set everything up first if needed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PEERS  := .peers/.ready
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup book html results test quick nbval browser peers lint format notebooks bench main-job clean
+
+help: ## list the targets
+	@echo "fedlora_mini: targets"
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+setup: $(READY) ## create .venv and install everything the book and the tests need
+
+# torch first: where no CUDA device is, the CPU build is smaller and enough.
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) "$$(grep '^torch==' requirements.txt)"
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $(READY)
+
+results: $(READY) ## run the main job on the embedded data (simulated, a few minutes) into runs/main
+	$(BIN)/fedlora compare local fedit fedsa iat --data phantom --seeds 0-2 --rounds 8 --out runs/main
+
+html: $(READY) ## execute the chapters and build the HTML
+	$(BIN)/python book/_tools/build.py
+
+book: results html ## set up, run the main job, execute the chapters, build the HTML, say where it is
+
+test: $(READY) ## every test: unit, notebooks, and the browser's where Chromium is found
+	$(MAKE) lint
+	$(BIN)/python -m pytest tests --ignore tests/book/test_browser.py
+	$(MAKE) nbval
+	$(MAKE) html browser
+
+quick: $(READY) ## the tests to run all day (under 3 minutes)
+	$(BIN)/python -m pytest tests -m "not slow and not browser and not peers" -x
+
+nbval: $(READY) ## run the notebooks and check their tagged outputs
+	$(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval.cfg book/notebooks -p no:cacheprovider
+
+browser: $(READY) ## open the built pages in Chromium with every other host blocked
+	$(BIN)/python -m pytest tests/book/test_browser.py -rs
+
+peers: $(PEERS) ## the tests against peft and opacus, in an environment beside the main one
+	.peers/bin/python -m pytest tests/peers -rs
+
+$(PEERS): $(READY) benchmarks/peers.sh
+	bash benchmarks/peers.sh $(BIN)/python
+	touch $(PEERS)
+
+notebooks: $(READY) ## write book/notebooks/ from the chapters, with outputs
+	$(BIN)/python book/_tools/notebooks.py --execute
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(PEERS) ## measure against peers; writes benchmarks/README.md
+	.peers/bin/python benchmarks/run.py
+
+main-job: $(READY) ## the README's real result: four methods on real nuclei, three seeds
+	$(BIN)/fedlora compare local fedit fedsa iat --data nuclei --seeds 0-2 --out runs/nuclei
+
+clean: ## delete what make made
+	rm -rf build runs .venv .peers
