@@ -1,0 +1,40 @@
+"""What is trained in a layer."""
+
+from fedlora_mini.adapters.base import (
+    Adapter,
+    Key,
+    adapters,
+    call,
+    freeze,
+    inject,
+    keys,
+    load_state,
+    merge,
+    region,
+    trainable,
+    unload,
+    unmerge,
+)
+from fedlora_mini.adapters.dense import Dense
+from fedlora_mini.adapters.lora import LoRA
+from fedlora_mini.adapters.registry import ADAPTERS, prepare
+
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "Dense",
+    "Key",
+    "LoRA",
+    "adapters",
+    "call",
+    "freeze",
+    "inject",
+    "keys",
+    "load_state",
+    "merge",
+    "prepare",
+    "region",
+    "trainable",
+    "unload",
+    "unmerge",
+]

@@ -1,0 +1,235 @@
+"""W = W_0 + ΔW: an adapter wraps a layer, freezes it and trains the few numbers that make ΔW."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedlora_mini.adapters.ops import LAYERS, matrix_shape
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.state import State
+
+REGIONS = ("encoder", "decoder", "head")
+
+
+class Key(NamedTuple):
+    """One trained tensor, as sharing and schedules see it."""
+
+    path: str  # of the layer, without the factor: "encoder.blocks.0.attn.qkv"
+    factor: str  # its role: "A", "B", "v", "weight", "bias", "running_mean" …
+    region: str  # "encoder", "decoder" or "head"
+    kind: str  # of the layer: "linear", "conv", "norm" or "other"
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.factor}"
+
+
+class Adapter(nn.Module):
+    """y = operation(x; W_0 + ΔW). Subclasses name their `factors`, and define `delta` and `path`.
+
+    `base` is frozen. A factor may carry a leading group axis G (see `ops`): it is then passed in by `functional_call`,
+    the module's own parameters never do.
+    """
+
+    factors: tuple[str, ...] = ()
+    linear = False  # whether ΔW is linear in the factors: then the mean of the factors gives the mean of the ΔW
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        matrix_shape(base)  # raises for a layer that has no matrix form
+        self.base: Any = base.requires_grad_(False)
+        self._kept: Tensor | None = None  # W_0 while merged
+
+    def delta(self) -> Tensor:
+        """ΔW in `base.weight`'s shape (with the group axis in front, if the factors have one)."""
+        raise NotImplementedError
+
+    def path(self, x: Tensor) -> Tensor:
+        """x -> ΔW x without forming ΔW: the thin path beside the frozen layer."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that rebuild it on the same layer."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) if self.merged else self.base(x) + self.path(x)
+
+    @property
+    def merged(self) -> bool:
+        return self._kept is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """W_0 <- W_0 + ΔW in place. The old W_0 is kept, so that `unmerge` is exact to the bit."""
+        if not self.merged:
+            self._kept = self.base.weight.detach().clone()
+            self.base.weight += self.delta().to(self.base.weight.dtype)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self._kept is not None:
+            self.base.weight.copy_(self._kept)
+            self._kept = None
+
+
+Make = Callable[[nn.Module, torch.Generator], Adapter]
+Where = Callable[[str, nn.Module], bool]
+
+
+def everywhere(path: str, module: nn.Module) -> bool:
+    """Every layer that has a matrix form."""
+    return isinstance(module, LAYERS)
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """(path, adapter) in the order of `named_modules`."""
+    for path, module in model.named_modules():
+        if isinstance(module, Adapter):
+            yield path, module
+
+
+def path_generator(seed: int, path: str) -> torch.Generator:
+    """A generator for one layer: the same (seed, path) starts with the same factors whatever else is adapted."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def inject(model: nn.Module, make: Make, where: Where = everywhere, seed: int = 0) -> nn.Module:
+    """Replace, in place, every layer for which `where(path, module)` by `make(module, generator)`.
+
+    Layers inside `nn.MultiheadAttention` are left alone: it reads their weights and never calls them, so a wrapper
+    would silently do nothing. Raises if nothing matches, or if the model is adapted already at such a place.
+    """
+    bypassed = tuple(p + "." for p, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
+    inside = tuple(p + "." for p, _ in adapters(model))
+    found = [
+        (path, module)
+        for path, module in model.named_modules()
+        if path and not path.startswith(bypassed + inside) and isinstance(module, LAYERS) and where(path, module)
+    ]
+    if not found:
+        raise FedloraError(
+            f"no layer of {type(model).__name__} matches; it needs one of {[t.__name__ for t in LAYERS]}"
+        )
+    for path, module in found:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, make(module, path_generator(seed, path)))
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Fold every ΔW into its frozen weight, in place; `unmerge` takes it back to the bit."""
+    for _, adapter in adapters(model):
+        adapter.merge()
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    for _, adapter in adapters(model):
+        adapter.unmerge()
+    return model
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Merge and take the wrappers away: a plain model again, at the plain model's speed. In place, for good."""
+    for path, adapter in list(adapters(model)):
+        adapter.merge()
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, adapter.base)
+    return model
+
+
+def region(model: nn.Module, path: str) -> str:
+    """The region of a path: the first row of `model.regions` whose pattern matches its start, else its first part.
+
+    `model.regions` is a sequence of (regular expression, region).
+    """
+    for pattern, name in getattr(model, "regions", ()):
+        if re.match(pattern, path):
+            return name
+    first = path.partition(".")[0]
+    if first in REGIONS:
+        return first
+    accepted = ", ".join(REGIONS)
+    raise FedloraError(
+        f"'{path}' of {type(model).__name__} has no region: set model.regions = ((pattern, {accepted}), …)"
+    )
+
+
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def kind(module: nn.Module) -> str:
+    """ "linear", "conv", "norm" or "other"."""
+    layer = module.base if isinstance(module, Adapter) else module
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    if isinstance(layer, LAYERS):
+        return "conv"
+    return "norm" if isinstance(layer, _NORMS) else "other"
+
+
+def trainable(model: nn.Module) -> State:
+    """What is trained: parameters that require gradients, and the running statistics of norms in training mode."""
+    state: State = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
+            state |= {
+                f"{path}.{name}": b for name, b in module.named_buffers() if b is not None and b.is_floating_point()
+            }
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def keys(model: nn.Module, names: list[str]) -> dict[str, Key]:
+    """The `Key` of every name of a state."""
+    out = {}
+    for name in names:
+        path, _, factor = name.rpartition(".")
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            raise FedloraError(f"{type(model).__name__} has no layer '{path}' (from '{name}')") from None
+        out[name] = Key(path, factor, region(model, path), kind(module))
+    return out
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """No parameter trains, and norms use their stored statistics."""
+    return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def load_state(model: nn.Module, state: State) -> None:
+    """Copy a state into the model's own tensors. Raises for a name or a shape that the model does not have."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in state.items():
+        if name not in own:
+            raise FedloraError(f"{type(model).__name__} has no tensor '{name}'")
+        if own[name].shape != value.shape:
+            raise FedloraError(f"'{name}' has shape {tuple(own[name].shape)}, not {tuple(value.shape)}")
+        own[name].copy_(value)
+
+
+def call(model: nn.Module, state: State, x: Tensor) -> Tensor:
+    """model(x) with the tensors of `state` in place of its own; group axes allowed."""
+    return functional_call(model, state, (x,))
+
+
+class _Delta(nn.Module):
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self) -> Tensor:
+        return self.adapter.delta()
+
+
+def delta_of(adapter: Adapter, factors: State) -> Tensor:
+    """ΔW for other factors than the adapter's own; with a leading axis in the factors, one ΔW each."""
+    return functional_call(_Delta(adapter), {f"adapter.{name}": value for name, value in factors.items()}, ())

@@ -1,0 +1,144 @@
+"""A layer's own operation with another weight, or with one weight per group of the batch.
+
+`operate(layer, x, W)` equals `functional_call(layer, {"weight": W, "bias": 0}, x)`. With a leading group axis,
+W: (G, *weight.shape), the batch is G blocks of equal size and block g sees W[g]. Any inner batch (the windows of a
+Swin block) must vary faster than the sample: then `x.reshape(G, -1, n)` folds it back into its sample.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedlora_mini.errors import FedloraError
+
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, *CONV, *TRANSPOSED)
+
+_conv: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_conv_transpose: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def matrix_shape(layer: Any) -> tuple[int, int]:
+    """(m, n) of the layer's weight as a matrix: m outputs, n = inputs per output = c_in / groups * kernel volume."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if isinstance(layer, (*CONV, *TRANSPOSED)):
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    raise FedloraError(
+        f"no low-rank form for {type(layer).__name__}; accepted: {', '.join(t.__name__ for t in LAYERS)}"
+    )
+
+
+def to_weight(layer: Any, M: Tensor) -> Tensor:
+    """(…, m, n) matrix -> (…, *weight.shape). Transposed convolutions keep their (c_in, m/g, k) layout."""
+    lead = M.shape[:-2]
+    if isinstance(layer, nn.Linear):
+        return M
+    g, k = layer.groups, tuple(layer.kernel_size)
+    c_in, m = layer.in_channels, layer.out_channels
+    if isinstance(layer, CONV):
+        return M.reshape(*lead, m, c_in // g, *k)
+    W = M.reshape(*lead, g, m // g, c_in // g, *k).transpose(len(lead) + 1, len(lead) + 2)  # (…, g, c_in/g, m/g, k)
+    return W.reshape(*lead, c_in, m // g, *k)
+
+
+def to_matrix(layer: Any, W: Tensor) -> Tensor:
+    """(…, *weight.shape) -> (…, m, n): the inverse of `to_weight`."""
+    m, n = matrix_shape(layer)
+    lead = W.shape[: W.dim() - layer.weight.dim()]
+    if not isinstance(layer, TRANSPOSED):
+        return W.reshape(*lead, m, n)
+    g, k = layer.groups, tuple(layer.kernel_size)
+    W = W.reshape(*lead, g, layer.in_channels // g, m // g, *k).transpose(len(lead) + 1, len(lead) + 2)
+    return W.reshape(*lead, m, n)
+
+
+def group_size(x: Tensor, groups: int) -> int:
+    """Rows of `x` per group; the batch must divide evenly."""
+    if x.shape[0] % groups:
+        raise FedloraError(f"a batch of {x.shape[0]} does not split into {groups} equal groups")
+    return x.shape[0] // groups
+
+
+def fold(x: Tensor, G: int) -> Tensor:
+    """(G*b, C, *S) -> (b, G*C, *S): groups of samples become groups of channels."""
+    if G == 1:
+        return x
+    b = group_size(x, G)
+    return x.reshape(G, b, *x.shape[1:]).transpose(0, 1).reshape(b, G * x.shape[1], *x.shape[2:])
+
+
+def unfold(x: Tensor, G: int) -> Tensor:
+    """(b, G*C, *S) -> (G*b, C, *S): the inverse of `fold`."""
+    if G == 1:
+        return x
+    b, C = x.shape[0], x.shape[1] // G
+    return x.reshape(b, G, C, *x.shape[2:]).transpose(0, 1).reshape(G * b, C, *x.shape[2:])
+
+
+def linear(x: Tensor, W: Tensor) -> Tensor:
+    """x (N, …, n) times W (m, n) or (G, m, n) -> (N, …, m)."""
+    if W.dim() == 2:
+        return F.linear(x, W)
+    G = W.shape[0]
+    group_size(x, G)
+    y = torch.bmm(x.reshape(G, -1, x.shape[-1]), W.transpose(1, 2))  # (G, N/G*…, m)
+    return y.reshape(*x.shape[:-1], W.shape[1])
+
+
+def convolve(layer: Any, x: Tensor, kernels: Tensor, groups: int) -> Tensor:
+    """The layer's stride, padding, dilation, padding_mode (and output_padding) with other kernels.
+
+    x: (b, groups*c, *S); kernels: (groups, c_out, c, *k), in conv layout for transposed layers too.
+    Returns (b, groups*c_out, *S').
+    """
+    dims = x.dim() - 2
+    if isinstance(layer, TRANSPOSED):
+        W = kernels.transpose(1, 2).reshape(x.shape[1], kernels.shape[1], *kernels.shape[3:])  # (groups*c, c_out, k)
+        padding, out = layer.padding, layer.output_padding
+        return _conv_transpose[dims](x, W, None, layer.stride, padding, out, groups, layer.dilation)
+    W = kernels.reshape(-1, *kernels.shape[2:])  # (groups*c_out, c, k)
+    if layer.padding_mode == "zeros":
+        return _conv[dims](x, W, None, layer.stride, layer.padding, layer.dilation, groups)
+    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    return _conv[dims](padded, W, None, layer.stride, 0, layer.dilation, groups)
+
+
+def operate(layer: Any, x: Tensor, W: Tensor) -> Tensor:
+    """The layer's operation, without bias, with weight W: weight.shape or (G, *weight.shape)."""
+    if isinstance(layer, nn.Linear):
+        return linear(x, W)
+    G = W.shape[0] if W.dim() > layer.weight.dim() else 1
+    m, g = layer.out_channels, layer.groups
+    kernels = to_matrix(layer, W).reshape(G * g, m // g, layer.in_channels // g, *layer.kernel_size)
+    return unfold(convolve(layer, fold(x, G), kernels, G * g), G)
+
+
+def add_bias(layer: Any, y: Tensor, d: Tensor) -> Tensor:
+    """y + d along the output channels; d: (m,) or (G, m)."""
+    d = d.reshape(-1, d.shape[-1])  # (G, m)
+    spread = (-1, 1, d.shape[1]) if isinstance(layer, nn.Linear) else (-1, 1, d.shape[1], 1)
+    rows = (
+        (d.shape[0], -1, d.shape[1]) if isinstance(layer, nn.Linear) else (d.shape[0], -1, d.shape[1], y[0, 0].numel())
+    )
+    return (y.reshape(rows) + d.reshape(spread)).reshape(y.shape)
+
+
+def lowrank(layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """x -> (BA) x without forming BA. A: (r, n), B: (m, r), or (G, r, n) and (G, m, r).
+
+    A convolution is a thin one with r outputs (the kernel lives in A), then a pointwise one by B.
+    """
+    if isinstance(layer, nn.Linear):
+        return linear(linear(x, A), B)
+    G = A.shape[0] if A.dim() == 3 else 1
+    r, m, g = A.shape[-2], layer.out_channels, layer.groups
+    kernels = A.reshape(G, 1, r, layer.in_channels // g, *layer.kernel_size)
+    kernels = kernels.expand(G, g, *kernels.shape[2:]).reshape(G * g, *kernels.shape[2:])  # (G*g, r, c_in/g, k)
+    h = convolve(layer, fold(x, G), kernels, G * g)  # (N/G, G*g*r, *S')
+    pointwise = B.reshape(G * m, r, *(1,) * (x.dim() - 2))
+    return unfold(_conv[x.dim() - 2](h, pointwise, groups=G * g), G)

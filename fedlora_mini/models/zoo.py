@@ -1,0 +1,106 @@
+"""MONAI networks by name, each with its regions written down. One row a network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.models.minisam import MiniSAM
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a network is built (`build(classes, channels, **options)`) and which paths are which region (first match)."""
+
+    build: Callable[..., nn.Module]
+    regions: tuple[tuple[str, str], ...]
+    dims: int
+    multiple: int  # image sides are multiples of it …
+    smallest: int  # … and at least this long
+    summary: str
+
+
+def _monai(network: str, dims: int, **defaults: Any) -> Callable[..., nn.Module]:
+    """A builder for a MONAI network, imported when it is called."""
+
+    def build(classes: int, channels: int, **options: Any) -> nn.Module:
+        from monai.networks import nets
+
+        options = defaults | options
+        return getattr(nets, network)(spatial_dims=dims, in_channels=channels, out_channels=classes, **options)
+
+    return build
+
+
+def _unet(dims: int) -> Callable[..., nn.Module]:
+    return _monai("UNet", dims, channels=(16, 32, 64), strides=(2, 2), num_res_units=2)
+
+
+def _attention_unet(dims: int) -> Callable[..., nn.Module]:
+    return _monai("AttentionUnet", dims, channels=(16, 32, 64), strides=(2, 2))
+
+
+def _unetr(dims: int) -> Callable[..., nn.Module]:
+    size = (64,) * dims if dims == 2 else (32,) * dims
+    return _monai("UNETR", dims, img_size=size, feature_size=8, hidden_size=96, mlp_dim=192, num_heads=4)
+
+
+def _swin_unetr(dims: int) -> Callable[..., nn.Module]:
+    return _monai("SwinUNETR", dims, feature_size=12)
+
+
+def _segresnet(dims: int) -> Callable[..., nn.Module]:
+    return _monai("SegResNet", dims, init_filters=8, blocks_down=(1, 2, 2), blocks_up=(1, 1))
+
+
+_TRANSFORMER = ((r"out\b", "head"), (r"decoder", "decoder"), (r"swinViT|vit|encoder", "encoder"))
+_UNET = ((r"model\.2\b", "head"), (r"model(\.1\.submodule)+\.2\b", "decoder"), (r"model", "encoder"))
+_ATTENTION = ((r"model\.2\b", "head"), (r"model.*\b(attention|upconv|merge)\b", "decoder"), (r"model", "encoder"))
+_RESNET = ((r"conv_final", "head"), (r"up_", "decoder"), (r"convInit|down_layers", "encoder"))
+_OWN = ((r"encoder", "encoder"), (r"decoder", "decoder"), (r"head", "head"))
+
+MODELS: dict[str, Entry] = {
+    "minisam": Entry(MiniSAM, _OWN, 2, 4, 16, "ViT encoder + convolutional decoder; ships with pre-trained weights"),
+    "unet": Entry(_unet(2), _UNET, 2, 4, 16, "MONAI UNet with residual units"),
+    "unet3d": Entry(_unet(3), _UNET, 3, 4, 16, "the same in 3D"),
+    "attention_unet": Entry(_attention_unet(2), _ATTENTION, 2, 4, 16, "MONAI AttentionUnet"),
+    "attention_unet3d": Entry(_attention_unet(3), _ATTENTION, 3, 4, 16, "the same in 3D"),
+    "unetr": Entry(_unetr(2), _TRANSFORMER, 2, 16, 32, "MONAI UNETR: ViT encoder; built for one image size"),
+    "unetr3d": Entry(_unetr(3), _TRANSFORMER, 3, 16, 32, "the same in 3D"),
+    "swin_unetr": Entry(_swin_unetr(2), _TRANSFORMER, 2, 32, 64, "MONAI SwinUNETR: shifted-window encoder"),
+    "swin_unetr3d": Entry(_swin_unetr(3), _TRANSFORMER, 3, 32, 64, "the same in 3D"),
+    "segresnet": Entry(_segresnet(2), _RESNET, 2, 8, 16, "MONAI SegResNet: residual encoder, light decoder"),
+    "segresnet3d": Entry(_segresnet(3), _RESNET, 3, 8, 16, "the same in 3D"),
+}
+
+
+def build(name: str, classes: int, channels: int = 3, seed: int = 0, **options: Any) -> nn.Module:
+    """A network of the table with random weights from `seed`, with its regions; the global generator is restored."""
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    entry = MODELS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = entry.build(classes, channels, **options)
+        except TypeError as error:
+            raise FedloraError(f"model '{name}' does not take these options: {error}") from None
+    model.regions = entry.regions  # type: ignore[assignment]
+    return model
+
+
+def check_size(name: str, spatial: tuple[int, ...]) -> None:
+    """Raise unless images of this size fit the network."""
+    if name not in MODELS:
+        raise unknown("model", name, MODELS)
+    entry = MODELS[name]
+    if len(spatial) != entry.dims:
+        raise FedloraError(f"model '{name}' is {entry.dims}D, the images are {len(spatial)}D")
+    if any(side % entry.multiple or side < entry.smallest for side in spatial):
+        raise FedloraError(
+            f"model '{name}' needs sides that are multiples of {entry.multiple} and at least {entry.smallest}, "
+            f"the images are {' x '.join(map(str, spatial))}"
+        )
