@@ -1,0 +1,40 @@
+"""Who takes part, and which images a client sees. Every generator is seeded by (seed, round, client, purpose)."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora_mini.errors import FedloraError
+
+
+def generator(*key: object) -> torch.Generator:
+    """A generator that depends on the key alone: generator(seed, round, client, "batches")."""
+    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def participants(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
+    """max(1, round(fraction * K)) of the clients, without replacement, sorted."""
+    if not 0 < fraction <= 1:
+        raise FedloraError(f"the participation fraction must be in (0, 1], got {fraction}")
+    size = max(1, int(fraction * len(clients) + 0.5))
+    order = torch.randperm(len(clients), generator=generator(seed, round, "participants"))
+    return sorted(clients[i] for i in order[:size].tolist())
+
+
+def batch_indices(n: int, batch: int, steps: int, rng: torch.Generator) -> Tensor:
+    """(steps, batch) indices into n images: shuffled passes laid end to end, so that every batch is full."""
+    passes = -(-batch * steps // n)
+    return torch.cat([torch.randperm(n, generator=rng) for _ in range(passes)])[: batch * steps].view(steps, batch)
+
+
+def flips(images: Tensor, masks: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mirror the whole batch along each spatial axis with probability 1/2 per sample."""
+    for axis in range(1, masks.dim()):
+        chosen = (torch.rand(len(masks), generator=rng) < 0.5).to(masks.device)
+        where = chosen.view(-1, *(1,) * (masks.dim() - 1))
+        images = torch.where(where.unsqueeze(1), images.flip(axis + 1), images)
+        masks = torch.where(where, masks.flip(axis), masks)
+    return images, masks

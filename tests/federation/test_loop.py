@@ -1,0 +1,150 @@
+"""The one loop, over an engine that can be made to misbehave."""
+
+import pytest
+import torch
+
+from fedlora_mini import state as S
+from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.federation import METHODS, Request, Server, Update, federate
+from fedlora_mini.models import build
+
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def setting():
+    model = prepare(build("minisam", 2, d=16, depth=1, stem=4, width=4), "lora", rank=2)
+    start = trainable(model)
+    return start, keys(model, list(start))
+
+
+class Script:
+    """An engine whose clients answer what a function says."""
+
+    def __init__(self, clients, answer):
+        self.clients, self.answer, self.requests = clients, answer, []
+
+    def exchange(self, requests: dict[int, Request]) -> list[Update]:
+        self.requests.append(requests)
+        return [u for u in (self.answer(client, r) for client, r in requests.items()) if u is not None]
+
+
+def sent(name, keys, round=1):
+    method = METHODS[name]
+    return {n for n, key in keys.items() if method.shared(key) and method.schedule.moves(key, round, STEPS)}
+
+
+def run(name, setting, engine, rounds=1, choose=None):
+    start, table = setting
+    server = Server(S.clone(start))
+    everyone = choose or (lambda round: engine.clients)
+    return server, list(federate(METHODS[name], engine, server, table, rounds, STEPS, everyone))
+
+
+def constant(value, setting, name="fedit", weight=1.0):
+    start, table = setting
+    return lambda client, request: Update(
+        client, {n: torch.full_like(start[n], value(client)) for n in sent(name, table, request.round)}, weight, 0.5
+    )
+
+
+def test_the_server_takes_the_weighted_mean(setting):
+    answer = constant(lambda client: float(client), setting)
+    server, _ = run(
+        "fedit", setting, Script([0, 1, 2], lambda c, r: Update(c, answer(c, r).state, [1.0, 1.0, 2.0][c], 0.5))
+    )
+    for value in server.state.values():
+        assert torch.allclose(value, torch.full_like(value, 1.25))
+
+
+def test_updates_are_combined_in_the_order_of_clients(setting):
+    torch.manual_seed(0)
+    start, _ = setting
+    noise = {c: {n: torch.randn_like(v) for n, v in start.items()} for c in range(5)}
+
+    def engine(order):
+        return Script(order, lambda c, r: Update(c, noise[c], 1.0 + c))
+
+    first, _ = run("fedit", setting, engine([0, 1, 2, 3, 4]))
+    second, _ = run("fedit", setting, engine([3, 1, 4, 0, 2]))
+    assert S.digest(first.state) == S.digest(second.state)
+
+
+@pytest.mark.parametrize("flaw", ["nan", "inf", "shape", "name", "dtype", "weight"])
+def test_a_broken_update_is_refused_reported_and_left_out(setting, flaw):
+    good = constant(lambda client: 1.0, setting)
+
+    def answer(client, request):
+        update = good(client, request)
+        if client != 1:
+            return update
+        name = next(iter(update.state))
+        value = update.state[name]
+        weight = 1.0
+        if flaw in ("nan", "inf"):
+            value = value * float(flaw)
+        elif flaw == "shape":
+            value = value[..., :-1]
+        elif flaw == "dtype":
+            value = value.double()
+        elif flaw == "weight":
+            weight = 0.0
+        broken = {**update.state, name: value}
+        if flaw == "name":
+            broken["somewhere.else"] = broken.pop(name)
+        return Update(client, broken, weight)
+
+    server, [record] = run("fedit", setting, Script([0, 1, 2], answer))
+    assert len(record.refused) == 1 and "client 1" in record.refused[0]
+    assert all(torch.equal(value, torch.ones_like(value)) for value in server.state.values())
+
+
+def test_a_client_that_does_not_answer_is_left_out(setting):
+    good = constant(lambda client: 1.0, setting)
+    server, [record] = run("fedit", setting, Script([0, 1], lambda c, r: good(c, r) if c else None))
+    assert record.refused == ["client 0: no answer"]
+    assert all(torch.equal(value, torch.ones_like(value)) for value in server.state.values())
+
+
+def test_without_a_usable_update_the_run_stops_and_keeps_the_last_good_state(setting):
+    start, table = setting
+    server = Server(S.clone(start))
+    engine = Script([0], constant(lambda client: float("nan"), setting))
+    with pytest.raises(FedloraError, match=r"round 1: no usable update.*NaN"):
+        list(federate(METHODS["fedit"], engine, server, table, 1, STEPS, lambda round: [0]))
+    assert server.round == 0 and S.digest(server.state) == S.digest(start)
+
+
+def test_a_client_is_told_only_what_changed_since_it_last_took_part(setting):
+    start, table = setting
+    engine = Script([0, 1], constant(lambda client: 1.0, setting, "rolora"))
+    _, records = run("rolora", setting, engine, rounds=4, choose=lambda round: [0, 1] if round in (1, 4) else [0])
+    told = [{client: set(r.state) for client, r in requests.items()} for requests in engine.requests]
+    B, A = sent("rolora", table, 1), sent("rolora", table, 2)
+    assert told == [{0: set(), 1: set()}, {0: B}, {0: A}, {0: B, 1: A | B}]
+    assert records[1].bytes_down == S.nbytes(S.pick(start, B.__contains__))
+
+
+@pytest.mark.parametrize("name", ["fedit", "ffa", "fedsa", "inverse_fedsa", "iat", "local"])
+def test_bytes_up_follow_the_formulas(setting, name):
+    """Methods card 1.4, per layer: r(m+n), mr, rn, mr, IAT mr in the encoder and rn in the decoder, nothing."""
+    start, table = setting
+    floats = {"A": 0, "B": 0, "A encoder": 0, "B encoder": 0, "A decoder": 0, "B decoder": 0, "head": 0}
+    for n, key in table.items():
+        if key.region == "head":
+            floats["head"] += start[n].numel()
+        else:
+            floats[key.factor] += start[n].numel()
+            floats[f"{key.factor} {key.region}"] += start[n].numel()
+    expected = {
+        "fedit": floats["A"] + floats["B"] + floats["head"],
+        "ffa": floats["B"] + floats["head"],
+        "fedsa": floats["A"],
+        "inverse_fedsa": floats["B"],
+        "iat": floats["B encoder"] + floats["A decoder"] + floats["head"],
+        "local": 0,
+    }[name]
+    engine = Script([0, 1], constant(lambda client: 1.0, setting, name))
+    _, [record] = run(name, setting, engine)
+    assert record.bytes_up == 2 * 4 * expected
