@@ -1,0 +1,298 @@
+"""The command line: `fedlora methods | models | data | pretrain | run | compare | report`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora_mini.errors import FedloraError
+
+RUN_EXAMPLES = """examples:
+  fedlora run iat                                      the simulated phantom, four sites
+  fedlora run fedit --data nuclei --rounds 15 --seed 1
+  fedlora run fedsa --data my_hospitals.zip --unseen C6 --option group='^(\\d+)'
+  fedlora run fedit --data phantom --option appearance=1 --option supervision=0.5
+  fedlora run fedbn --model unet --base none --sites 8 --fraction 0.5"""
+
+COMPARE_EXAMPLES = """examples:
+  fedlora compare local fedit fedsa iat --data nuclei --seeds 0-2
+  fedlora compare local fedit --data phantom --seeds 0-7 --search-lr 1e-3,3e-3,1e-2
+  fedlora compare fedit iat --data path/to/hospitals --unseen C6
+
+An interrupted comparison goes on where it stopped when the same command is given again."""
+
+
+def _value(text: str) -> Any:
+    """A JSON value if it is one, else the text: 1.5, true, [1, 2], hello."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    out = {}
+    for pair in pairs:
+        name, found, value = pair.partition("=")
+        if not found:
+            raise FedloraError(f"--option '{pair}' is not understood; accepted: NAME=VALUE")
+        out[name.replace("-", "_")] = _value(value)
+    return out
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The `RunConfig` settings among the parsed arguments; what was not given keeps its default."""
+    names = (
+        "data sites unseen size dirichlet clients model base rank alpha rounds steps batch lr optimiser weight_decay"
+    )
+    names += " fraction execution device precision threads eval_every"
+    given = {name: getattr(args, name) for name in names.split() if getattr(args, name, None) is not None}
+    return given | {"data_options": _options(args.option), "augment": not args.no_augment}
+
+
+def _progress(title: str, rounds: int) -> Callable[[dict[str, Any]], None]:
+    """A bar on standard error with the current loss and validation Dice."""
+    from tqdm import tqdm
+
+    bars: list[Any] = []  # begun with the first round, so that an error before it stands alone
+    shown: dict[str, str] = {}
+
+    def step(record: dict[str, Any]) -> None:
+        if not bars:
+            bars.append(tqdm(total=rounds, desc=title, unit="round", dynamic_ncols=True, disable=None))
+        bar = bars[0]
+        for line in record["refused"]:
+            bar.write(f"round {record['round']}: refused {line}", file=sys.stderr)
+        shown["loss"] = f"{record['loss']:.3f}"
+        if "val_dice" in record:
+            shown["Dice"] = f"{record['val_dice']:.3f}"
+        bar.n = record["round"]
+        bar.set_postfix(shown)
+        if record["round"] == rounds:
+            bar.close()
+
+    return step
+
+
+def methods_command(args: argparse.Namespace) -> None:
+    """Print the method table."""
+    from fedlora_mini.federation.methods import METHODS
+
+    rows = [("name", "method", "trains", "shares", "moves", "rule", "objective")]
+    for name, m in METHODS.items():
+        objective = ", ".join(term.label for term in m.objective) or "task loss"
+        shares = "(one client holds all data)" if m.pooled else m.shared.label
+        rows.append((name, m.title, m.adapter, shares, m.schedule.label, m.rule.__name__, objective))
+    _print_columns(rows)
+
+
+def models_command(args: argparse.Namespace) -> None:
+    """Print the networks."""
+    from fedlora_mini.models.zoo import MODELS
+
+    rows = [("name", "dims", "sides", "what")]
+    for name, entry in MODELS.items():
+        rows.append((name, f"{entry.dims}D", f"multiples of {entry.multiple}, >= {entry.smallest}", entry.summary))
+    _print_columns(rows)
+
+
+def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    for i, row in enumerate(rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        if i == 0:
+            print("  ".join("-" * width for width in widths))
+
+
+def data_command(args: argparse.Namespace) -> int:
+    """list, fetch, prepare, show, check."""
+    from fedlora_mini import data
+
+    if args.action == "list":
+        rows = [tuple(row) for row in (map(str, r.values()) for r in data.available())]
+        _print_columns([tuple(data.available()[0]), *rows])
+        return 0
+    if not args.name:
+        raise FedloraError(f"fedlora data {args.action} needs a name or a path; see `fedlora data list`")
+    if args.action == "fetch":
+        print(data.fetch(args.name, args.source))
+    elif args.action == "prepare":
+        print(data.prepare(args.name, args.source, args.size))
+    elif args.action == "check":
+        report = data.check(args.name)
+        print(report)
+        return 1 if report.problems else 0
+    else:
+        loaded = data.load(args.name, size=args.size, seed=args.seed, **_options(args.option))
+        print(data.shift_table(loaded).to_string(float_format=lambda v: f"{v:.3f}"))
+        out = Path(args.out or f"{loaded.name}-gallery.png")
+        data.gallery(loaded).savefig(out, dpi=130)
+        print(f"{loaded.note}\nlicence: {loaded.licence}\ngallery: {out}")
+    return 0
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """One method, one seed."""
+    from fedlora_mini.experiments.config import RunConfig
+    from fedlora_mini.experiments.report import markdown, summary
+    from fedlora_mini.experiments.run import run
+
+    config = RunConfig(method=args.method, seed=args.seed, **_settings(args))
+    folder = Path(args.out or f"runs/{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}")
+    result = run(config, folder, _progress(f"{config.method} seed {config.seed}", config.rounds))
+    print(markdown(summary([result])))
+    print(f"\nrun folder: {folder}")
+
+
+def compare_command(args: argparse.Namespace) -> None:
+    """Several methods, several seeds, paired differences."""
+    from fedlora_mini.experiments.compare import Comparison, parse_seeds
+    from fedlora_mini.experiments.config import RunConfig
+
+    settings = _settings(args)
+    name = f"runs/compare-{Path(settings.get('data', 'phantom')).stem}-{RunConfig(**settings).key()}"
+    folder = Path(args.out or name)
+    rates = [float(rate) for rate in args.search_lr.split(",")] if args.search_lr else []
+    seeds = parse_seeds(args.seeds)
+
+    def on_run(config: RunConfig) -> Callable[[dict[str, Any]], None]:
+        return _progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)
+
+    _report(Comparison(args.methods, seeds, settings, folder, rates, on_run).run(), folder)
+
+
+def report_command(args: argparse.Namespace) -> None:
+    """Tables and a figure of finished runs."""
+    from fedlora_mini.experiments.report import read_results
+
+    _report(read_results([Path(run) for run in args.runs]), Path(args.out))
+
+
+def _report(results: list[dict[str, Any]], folder: Path) -> None:
+    from fedlora_mini.experiments.report import write_report
+
+    text, picture = write_report(results, folder)
+    print(text.read_text(encoding="utf-8"))
+    print(f"tables: {text}\nfigure: {picture}")
+
+
+def pretrain_command(args: argparse.Namespace) -> None:
+    """Make the frozen base."""
+    import torch
+    from tqdm import tqdm
+
+    from fedlora_mini.experiments.pretrain import Pretraining, pretrain
+
+    given = {n: getattr(args, n) for n in ("model", "size", "steps", "batch", "seed") if getattr(args, n) is not None}
+    config = Pretraining(**given)
+    torch.set_num_threads(args.threads)
+    with tqdm(
+        total=config.steps, desc=f"pre-training {config.model}", unit="step", dynamic_ncols=True, disable=None
+    ) as bar:
+
+        def progress(step: int, loss: float) -> None:
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}")
+
+        print(pretrain(config, Path(args.out), progress))
+
+
+def _add_run_settings(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", help="a data set (see `fedlora data list`) or the path of your own folder or zip [phantom]")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the data set; repeatable")
+    add("--sites", help="how many sites, or their names, comma-separated")
+    add("--unseen", help="sites that never train, comma-separated")
+    add("--size", type=int, help="image side in pixels [64]")
+    add("--dirichlet", type=float, metavar="ALPHA", help="deal the images anew, Dirichlet(ALPHA) over their origin")
+    add("--clients", type=int, help="with --dirichlet: to so many clients")
+    add("--model", help="a network (see `fedlora models`) [minisam]")
+    add("--base", help="auto, none, or a file made by `fedlora pretrain` [auto]")
+    add("--rank", type=int, help="rank r of the adapters [4]")
+    add("--alpha", type=float, help="scale s = alpha / r [alpha = r]")
+    add("--rounds", type=int, help="rounds of communication [10]")
+    add("--steps", type=int, help="local steps a round [10]")
+    add("--batch", type=int, help="images a step [8]")
+    add("--lr", type=float, help="learning rate [the adapter's: lora 5e-3, full 1e-3]")
+    add("--optimiser", help="adam or sgd [adam]")
+    add("--weight-decay", type=float, help="decoupled weight decay [0]")
+    add("--no-augment", action="store_true", help="no mirrored images")
+    add("--fraction", type=float, help="share of the clients in a round [1]")
+    add("--execution", help="auto, sequential, or grouped: all clients in one pass [auto]")
+    add("--device", help="auto, cpu, cuda or mps [auto]")
+    add("--precision", help="auto, float32 or bf16 [auto: bf16 on CUDA]")
+    add("--threads", type=int, help="CPU threads [torch's choice]")
+    add("--eval-every", type=int, default=2, metavar="N", help="validation Dice every N rounds, 0 = never [2]")
+    add("--out", metavar="FOLDER", help="where to write [runs/…]")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their help."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("fedlora", description="Federated low-rank adaptation for medical segmentation.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, act: Callable[[argparse.Namespace], int | None], text: str, epilog: str = "") -> Any:
+        made = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=raw)
+        made.set_defaults(act=act)
+        return made
+
+    add("methods", methods_command, "the table of methods")
+    add("models", models_command, "the networks that adapters attach to")
+
+    data = add(
+        "data", data_command, "list, fetch, prepare, show or check data", "example: fedlora data check hospitals/"
+    )
+    data.add_argument("action", choices=["list", "fetch", "prepare", "show", "check"])
+    data.add_argument("name", nargs="?", help="a data set or a path")
+    data.add_argument("--from", dest="source", metavar="PATH_OR_URL", help="take the archive from here")
+    data.add_argument("--size", type=int, default=64)
+    data.add_argument("--seed", type=int, default=0)
+    data.add_argument("--option", action="append", default=[], metavar="NAME=VALUE")
+    data.add_argument("--out", metavar="PNG", help="show: where the gallery goes")
+
+    run = add("run", run_command, "one method, one seed", RUN_EXAMPLES)
+    run.add_argument("method", help="a row of `fedlora methods`")
+    run.add_argument("--seed", type=int, default=0)
+    _add_run_settings(run)
+
+    compare = add("compare", compare_command, "several methods with paired seeds", COMPARE_EXAMPLES)
+    compare.add_argument("methods", nargs="+", metavar="METHOD")
+    compare.add_argument("--seeds", default="0-2", help="such as 0-7 or 0,3,5 [0-2]")
+    compare.add_argument("--search-lr", metavar="RATES", help="a grid, the same for every method, on validation data")
+    _add_run_settings(compare)
+
+    report = add(
+        "report", report_command, "tables and a figure of finished runs", "example: fedlora report results/a.jsonl"
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders, comparison folders or .jsonl files")
+    report.add_argument("--out", default=".", metavar="FOLDER", help="where report.md and report.png go [here]")
+
+    base = add("pretrain", pretrain_command, "make the pre-trained base from a seed, in minutes on a CPU")
+    base.add_argument("--model")
+    for name in ("size", "steps", "batch", "seed"):
+        base.add_argument(f"--{name}", type=int)
+    base.add_argument("--threads", type=int, default=1, help="the bytes depend on it [1]")
+    base.add_argument("--out", default="base.safetensors", metavar="FILE")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0; 1 if `data check` found problems; 2 for bad input, told in one line; 130 when interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        return args.act(args) or 0
+    except FedloraError as error:
+        print(f"fedlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfedlora: interrupted; the same command goes on from the last finished round", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

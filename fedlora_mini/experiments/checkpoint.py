@@ -1,0 +1,51 @@
+"""One file that holds a run between two rounds; written beside and renamed, so a kill leaves the old one or the new."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedlora_mini.engines import LocalEngine
+from fedlora_mini.federation import Server
+from fedlora_mini.state import State
+
+
+def write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def save_checkpoint(path: Path, server: Server, engine: LocalEngine, records: list[dict[str, Any]]) -> None:
+    """The server's memory, every client's memory and the records so far. No generator: each is made from its key."""
+    tensors: dict[str, Tensor] = {f"server/{name}": value for name, value in server.state.items()}
+    for client, state in engine.memory.items():
+        tensors |= {f"client {client}/{name}": value for name, value in state.items()}
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    notes = {
+        "round": server.round,
+        "changed": server.changed,
+        "seen": {str(client): round for client, round in server.seen.items()},
+        "records": records,
+    }
+    part = path.with_name(path.name + ".part")
+    save_file(tensors, part, metadata={"notes": json.dumps(notes)})
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path, server: Server, engine: LocalEngine) -> list[dict[str, Any]]:
+    """Put `server` and `engine` back to where they were; returns the records."""
+    with safe_open(path, framework="pt", device=str(engine.device)) as file:
+        notes = json.loads(file.metadata()["notes"])
+        parts: dict[str, State] = {}
+        for key in file.keys():  # noqa: SIM118
+            owner, _, name = key.partition("/")
+            parts.setdefault(owner, {})[name] = file.get_tensor(key)
+    server.state, server.round, server.changed = parts["server"], notes["round"], notes["changed"]
+    server.seen = {int(client): round for client, round in notes["seen"].items()}
+    engine.memory = {client: parts[f"client {client}"] for client in engine.clients}
+    return notes["records"]

@@ -1,0 +1,80 @@
+"""Everything that determines a run, in one frozen record; its hash names the run's folder."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from fedlora_mini.adapters.registry import ADAPTERS
+from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.federation.client import Budget
+from fedlora_mini.federation.methods import method
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "float32", "bf16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. `lr=None` takes the adapter's default rate, "auto" precision is bf16 on CUDA and float32 elsewhere."""
+
+    method: str = "fedit"
+    data: str = "phantom"
+    data_options: dict[str, Any] = field(default_factory=dict)
+    sites: str | None = None  # comma-separated names, or how many of the first
+    unseen: str | None = None  # comma-separated names of sites that never train; None = the data set's own
+    size: int = 64
+    dirichlet: float | None = None  # None = natural partition
+    clients: int | None = None  # with dirichlet: number of clients; None = as many as sites
+    model: str = "minisam"
+    base: str = "auto"
+    rank: int = 4
+    alpha: float | None = None
+    rounds: int = 10
+    steps: int = 10
+    batch: int = 8
+    lr: float | None = None
+    optimiser: str = "adam"
+    weight_decay: float = 0.0
+    augment: bool = True
+    fraction: float = 1.0
+    seed: int = 0
+    execution: str = "auto"
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None  # None = torch's choice, written down in the result
+    eval_every: int = 0  # 0 = only at the end
+
+    def __post_init__(self) -> None:
+        adapter = ADAPTERS[method(self.method).adapter]
+        if self.lr is None:
+            object.__setattr__(self, "lr", adapter.lr)
+        if self.device not in DEVICES:
+            raise unknown("device", self.device, DEVICES)
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
+        if self.rounds < 1:
+            raise FedloraError(f"rounds must be at least 1, got {self.rounds}")
+        if self.clients is not None and self.dirichlet is None:
+            raise FedloraError("clients needs dirichlet: without it every site is one client")
+        self.budget  # noqa: B018  raises for a bad one
+
+    @property
+    def budget(self) -> Budget:
+        assert self.lr is not None
+        return Budget(self.steps, self.batch, self.lr, self.optimiser, self.weight_decay, self.augment)
+
+    def but(self, **changes: Any) -> "RunConfig":
+        """A copy with changes."""
+        known = self.__dataclass_fields__
+        for name in changes:
+            if name not in known:
+                raise unknown("setting", name, known)
+        return replace(self, **changes)
+
+    def asdict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def key(self) -> str:
+        """Twelve hexadecimal digits that change with anything that can change the result."""
+        return hashlib.sha256(json.dumps(self.asdict(), sort_keys=True).encode()).hexdigest()[:12]

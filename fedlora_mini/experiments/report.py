@@ -1,0 +1,187 @@
+"""Results as a table and a figure that a person can read."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.stats import Difference, holm, paired_difference
+from fedlora_mini.federation import METHODS
+
+Result = dict[str, Any]
+
+
+def read_results(paths: Sequence[Path]) -> list[Result]:
+    """Results from run folders, comparison folders or `.jsonl` files, each run once."""
+    found: dict[str, Result] = {}
+    for path in paths:
+        if (path / "result.json").is_file():
+            lines = [(path / "result.json").read_text(encoding="utf-8")]
+        else:
+            file = path / "results.jsonl" if path.is_dir() else path
+            if not file.is_file():
+                raise FedloraError(f"'{path}' holds no result: expected result.json, results.jsonl or a .jsonl file")
+            lines = file.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise FedloraError(f"'{path}' is not JSON: {error}") from None
+            if record.get("event", "result") == "result":
+                found[json.dumps(record["config"], sort_keys=True)] = record
+    if not found:
+        raise FedloraError("no finished run in " + ", ".join(map(str, paths)))
+    return list(found.values())
+
+
+def arms(results: Sequence[Result]) -> list[str]:
+    """The methods, in the order in which they occur."""
+    return list(dict.fromkeys(r["config"]["method"] for r in results))
+
+
+def table_of(results: Sequence[Result], method: str, protocol: str, metric: str = "dice") -> NDArray[np.float64]:
+    """(seeds, sites) of one method under one protocol, seeds ascending; no rows if the protocol was not measured."""
+    rows = sorted((r for r in results if r["config"]["method"] == method), key=lambda r: r["config"]["seed"])
+    values = [[site[metric] for site in r["scores"][protocol].values()] for r in rows if protocol in r["scores"]]
+    return np.array(values, dtype=float).reshape(len(values), -1)
+
+
+def summary(results: Sequence[Result]) -> pd.DataFrame:
+    """One row a method: mean Dice (± standard deviation of the seeds' means), worst site, distances, costs."""
+    rows = []
+    for method in arms(results):
+        mine = [r for r in results if r["config"]["method"] == method]
+        own = table_of(results, method, "personal")
+        spread = f" ± {own.mean(1).std(ddof=1):.3f}" if len(own) > 1 else ""
+        new = table_of(results, method, "new site")
+        errors = [r["agg_err"][-1] for r in mine if r["agg_err"][-1] is not None]
+        clients = 1 if METHODS[method].pooled else len(mine[0]["scores"]["personal"])
+        rows.append(
+            {
+                "method": METHODS[method].title,
+                "personal Dice": f"{own.mean():.3f}{spread}",
+                "worst site": f"{own.mean(0).min():.3f}",
+                "HD95 (px)": f"{table_of(results, method, 'personal', 'hd95').mean():.1f}",
+                "global Dice": f"{table_of(results, method, 'global').mean():.3f}",
+                "new-site Dice": f"{new.mean():.3f}" if new.size else "–",
+                "trained": f"{mine[0]['trained']:,}",
+                "KB up / client / round": f"{np.mean([r['bytes_up'] for r in mine]) / clients / 1e3:.1f}",
+                "agg. error": f"{np.mean(errors):.3f}" if errors else "–",
+                "lr": ", ".join(sorted({f"{r['config']['lr']:g}" for r in mine})),
+                "s / run": f"{np.mean([r['seconds'] for r in mine]):.0f}",
+            }
+        )
+    return pd.DataFrame(rows).set_index("method")
+
+
+def differences(results: Sequence[Result], protocol: str = "personal") -> dict[tuple[str, str], Difference]:
+    """Every pair of methods with the same seeds: (a, b) -> a - b in Dice."""
+    names, out = arms(results), {}
+    for i, b in enumerate(names):
+        for a in names[i + 1 :]:
+            left, right = table_of(results, a, protocol), table_of(results, b, protocol)
+            if left.shape == right.shape and left.size:
+                out[a, b] = paired_difference(left, right)
+    return out
+
+
+def difference_table(results: Sequence[Result], protocol: str = "personal") -> pd.DataFrame:
+    """The same as text, with Holm-corrected p-values where there are seeds enough for a test."""
+    pairs = differences(results, protocol)
+    tested = {pair: d.p for pair, d in pairs.items() if d.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True)) if tested else {}
+    rows = [
+        {
+            "difference": f"{METHODS[a].title} − {METHODS[b].title}",
+            "Dice": f"{d.mean:+.3f}",
+            "95 % interval": f"[{d.low:+.3f}, {d.high:+.3f}]",
+            "p (Holm)": f"{corrected[a, b]:.3f}" if (a, b) in corrected else "–",
+            "seeds": d.seeds,
+        }
+        for (a, b), d in pairs.items()
+    ]
+    return pd.DataFrame(rows).set_index("difference") if rows else pd.DataFrame()
+
+
+def _points(axis: Axes, results: Sequence[Result], protocol: str, title: str) -> None:
+    """One marker a site (mean over seeds), a black bar for the mean over sites."""
+    names = arms(results)
+    sites = list(next(r for r in results if protocol in r["scores"])["scores"][protocol])
+    for k, site in enumerate(sites):
+        values = [table_of(results, name, protocol)[:, k].mean() for name in names]
+        shift = (k - (len(sites) - 1) / 2) * 0.11
+        axis.plot(np.arange(len(names)) + shift, values, "o", ms=6, label=site, alpha=0.9)
+    means = [table_of(results, name, protocol).mean() for name in names]
+    axis.hlines(means, np.arange(len(names)) - 0.36, np.arange(len(names)) + 0.36, colors="black", lw=2, zorder=3)
+    for x, y in enumerate(means):
+        axis.annotate(f"{y:.3f}", (x, y), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
+    axis.set_xticks(range(len(names)), [METHODS[name].title for name in names], rotation=20, ha="right")
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    axis.set_ylabel("Dice on test images")
+    axis.set_title(title, fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=7, title="site", title_fontsize=7, loc="lower left", framealpha=0.8)
+
+
+def figure(results: Sequence[Result]) -> Figure:
+    """Dice by method and site for each protocol, and the paired differences of the personal one."""
+    titles = {
+        "personal": "personal: each site's own model",
+        "global": "global: one model, every site",
+        "new site": "new site: never trained",
+    }
+    shown = [p for p in titles if any(p in r["scores"] for r in results)]
+    pairs = differences(results)
+    panels = len(shown) + bool(pairs)
+    drawing = Figure(figsize=(4.1 * panels, 4.2), layout="constrained")
+    axes = drawing.subplots(1, panels, squeeze=False)[0]
+    for axis, protocol in zip(axes, shown, strict=False):
+        _points(axis, results, protocol, titles[protocol])
+    if pairs:
+        axis, rows = axes[-1], list(pairs.items())[::-1]
+        for y, (_, d) in enumerate(rows):
+            colour = "C2" if d.low > 0 else "C3" if d.high < 0 else "0.4"
+            axis.plot([d.low, d.high], [y, y], "-", color=colour, lw=2)
+            axis.plot(d.mean, y, "o", color=colour)
+        axis.axvline(0, color="black", lw=0.8)
+        labels = [f"{METHODS[a].title} − {METHODS[b].title}" for (a, b), _ in rows]
+        axis.set_yticks(range(len(rows)), labels, fontsize=8)
+        axis.set_xlabel("difference in personal Dice, 95 % interval")
+        axis.set_title(f"paired over {rows[0][1].seeds} seeds and {rows[0][1].sites} sites", fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+    first = results[0]["config"]
+    what = (
+        f"{first['data']}, {first['model']}, {first['rounds']} rounds × {first['steps']} steps, batch {first['batch']}"
+    )
+    drawing.suptitle(
+        f"{what}, seeds {', '.join(str(s) for s in sorted({r['config']['seed'] for r in results}))}", fontsize=11
+    )
+    return drawing
+
+
+def write_report(results: Sequence[Result], folder: Path) -> tuple[Path, Path]:
+    """`report.md` with both tables and `report.png`; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text, picture = folder / "report.md", folder / "report.png"
+    parts = [markdown(summary(results))]
+    changes = difference_table(results)
+    if len(changes):
+        parts.append(markdown(changes))
+    text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    figure(results).savefig(picture, dpi=130)
+    return text, picture
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A data frame as a Markdown table."""
+    rows = [[str(frame.index.name or ""), *map(str, frame.columns)]]
+    rows += [[str(index), *map(str, values)] for index, values in zip(frame.index, frame.to_numpy(), strict=True)]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

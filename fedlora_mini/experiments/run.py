@@ -1,0 +1,209 @@
+"""One run: build, federate, evaluate under three protocols; its folder can be resumed from and reported."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fedlora_mini import state as S
+from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.data import Dataset, Site, Split, load
+from fedlora_mini.engines import LocalEngine
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.provenance import machine, versions
+from fedlora_mini.federation import Server, federate, method, repartition
+from fedlora_mini.federation.aggregation import aggregation_error
+from fedlora_mini.federation.sampling import participants
+from fedlora_mini.metrics import evaluate
+from fedlora_mini.models import load_base
+from fedlora_mini.state import State
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" = CUDA if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    missing = (name == "cuda" and not torch.cuda.is_available()) or (
+        name == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise FedloraError(f"device '{name}' was asked for, but this machine has none; accepted here: auto, cpu")
+    return torch.device(name)
+
+
+def dataset_of(config: RunConfig) -> Dataset:
+    """The data of a run, dealt to clients as its partition says. The data seed is the run's seed."""
+    sites = int(config.sites) if config.sites and config.sites.isdigit() else config.sites
+    own = config.data_options
+    data = load(config.data, size=config.size, seed=config.seed, sites=sites, unseen=config.unseen, **own)
+    if config.dirichlet is None:
+        return data
+    return repartition(data, config.clients or len(data.sites), config.dirichlet, config.seed)
+
+
+@dataclass
+class Federation:
+    """Everything a run needs in memory: what `fedlora run` uses, and a notebook can hold in its hands."""
+
+    config: RunConfig
+    data: Dataset
+    model: nn.Module
+    server: Server
+    engine: LocalEngine
+
+    @classmethod
+    def build(cls, config: RunConfig, data: Dataset | None = None) -> "Federation":
+        """Model, adapters and clients of a config, on its device; nothing is trained yet."""
+        row = method(config.method)
+        data = dataset_of(config) if data is None else data
+        device = pick_device(config.device)
+        model = load_base(config.model, len(data.classes), data.spatial, config.base, config.seed)
+        options = {"rank": config.rank, "alpha": config.alpha} if row.adapter == "lora" else {}
+        model = prepare(model, row.adapter, config.seed, **options).to(device)
+        start = trainable(model)
+        table = keys(model, list(start))
+        train = [site.train for site in data.sites]
+        engine = LocalEngine(
+            model,
+            row,
+            table,
+            [Split.concat(train)] if row.pooled else train,
+            config.budget,
+            config.seed,
+            config.execution,
+            ("bf16" if device.type == "cuda" else "float32") if config.precision == "auto" else config.precision,
+        )
+        return cls(config, data, model, Server(start), engine)
+
+    def rounds(self) -> Any:
+        """Run the rounds that are left; yields one `Round` each."""
+        row, config = method(self.config.method), self.config
+
+        def error_of(before: State, after: State, updates: list[Any]) -> float | None:
+            return aggregation_error(self.model, before, after, updates, self.engine.private)
+
+        def choose(round: int) -> list[int]:
+            return participants(self.engine.clients, config.fraction, config.seed, round)
+
+        args = (row, self.engine, self.server, self.engine.keys, config.rounds, config.steps, choose, error_of)
+        return federate(*args)
+
+    def client_of(self, site: int) -> int:
+        return 0 if method(self.config.method).pooled else site
+
+    def evaluate(self, part: str = "test", hd95: bool = True, protocols: tuple[str, ...] = ()) -> dict[str, Any]:
+        """Protocol -> site -> scores. Private tensors stand at their weighted mean under `global` and `new site`."""
+        names, out = self.data.classes, {}
+        wanted = protocols or ("personal", "global", "new site")
+        common = self.engine.common(self.server)
+
+        def scores(state: State, split: Split) -> dict[str, Any]:
+            return asdict(evaluate(self.model, state, split, names, hd95))
+
+        def scores_of(sites: tuple[Site, ...]) -> dict[str, Any]:
+            return {site.name: scores(common, getattr(site, part)) for site in sites}
+
+        if "personal" in wanted:
+            out["personal"] = {
+                site.name: scores(self.engine.personal(self.client_of(k), self.server), getattr(site, part))
+                for k, site in enumerate(self.data.sites)
+            }
+        if "global" in wanted:
+            same = "personal" in out and not any(map(self.engine.private, common))  # nothing is private: one model
+            out["global"] = out["personal"] if same else scores_of(self.data.sites)
+        if "new site" in wanted and self.data.unseen:
+            out["new site"] = scores_of(self.data.unseen)
+        return out
+
+    def states(self) -> dict[str, State]:
+        """The final bytes: the server's state and every client's private part."""
+        own = {f"client {c}": S.pick(m, self.engine.private) for c, m in self.engine.memory.items()}
+        return {"server": self.server.state} | own
+
+
+def mean_over_sites(protocol: dict[str, Any], metric: str = "dice") -> float:
+    """The mean of a metric over the sites of one protocol."""
+    values = [scores[metric] for scores in protocol.values()]
+    return sum(values) / len(values)
+
+
+def run(
+    config: RunConfig,
+    folder: Path,
+    progress: Progress = lambda record: None,
+    data: Callable[[], Dataset] | None = None,
+) -> dict[str, Any]:
+    """Run to the end, from the folder's checkpoint if it holds one, and return the result record.
+
+    The folder gets `log.jsonl` (config, one line a round, result), `checkpoint.safetensors` after every round,
+    `final.safetensors` and `result.json`. A finished folder is returned as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finished = folder / "result.json"
+    if finished.exists():
+        return json.loads(finished.read_text(encoding="utf-8"))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    started = perf_counter()
+    federation = Federation.build(config, data() if data else None)
+    server, engine = federation.server, federation.engine
+    head = {"event": "start", "config": config.asdict(), "versions": versions(), "machine": machine(engine.device)}
+    checkpoint = folder / "checkpoint.safetensors"
+    records = load_checkpoint(checkpoint, server, engine) if checkpoint.exists() else [head]
+    _check_same(records[0], head, folder)
+    for each in federation.rounds():
+        record = {"event": "round", **asdict(each)}
+        if config.eval_every and (each.round % config.eval_every == 0 or each.round == config.rounds):
+            personal = federation.evaluate("val", hd95=False, protocols=("personal",))["personal"]
+            record["val_dice"] = mean_over_sites(personal)
+        records.append(record)
+        save_checkpoint(checkpoint, server, engine, records)
+        write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        progress(record)
+    result = _result(federation, records, perf_counter() - started)
+    tensors = {f"{owner}/{n}": v.cpu().contiguous() for owner, s in federation.states().items() for n, v in s.items()}
+    save_file(tensors, folder / "final.safetensors")
+    write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in [*records, result]))
+    write_atomically(finished, json.dumps(result, indent=1))
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
+    if old["config"] != new["config"]:
+        raise FedloraError(f"'{folder}' holds another run's checkpoint; choose another folder or delete it")
+    if old["versions"]["source"] != new["versions"]["source"]:
+        raise FedloraError(f"'{folder}' was begun by other code; delete it to start again")
+
+
+def _result(federation: Federation, records: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The line that stands in `results/`: provenance, costs per round, scores on test data."""
+    rounds = [record for record in records if record["event"] == "round"]
+    return {
+        "event": "result",
+        **{key: value for key, value in records[0].items() if key != "event"},
+        "scores": federation.evaluate("test"),
+        "val_dice": mean_over_sites(federation.evaluate("val", hd95=False, protocols=("personal",))["personal"]),
+        "private_in_common_model": "weighted mean",
+        "trained": S.count(federation.server.state),
+        "sites": {site.name: site.sizes() for site in (*federation.data.sites, *federation.data.unseen)},
+        "data_note": federation.data.note,
+        "bytes_up": [r["bytes_up"] for r in rounds],
+        "bytes_down": [r["bytes_down"] for r in rounds],
+        "agg_err": [r["agg_err"] for r in rounds],
+        "loss": [r["loss"] for r in rounds],
+        "refused": [line for r in rounds for line in r["refused"]],
+        "round_seconds": [r["seconds"] for r in rounds],
+        "seconds": seconds,
+        "final_sha256": S.digest(list(federation.states().values())),
+    }

@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.compare import SEARCH_SEED, Comparison
+from fedlora_mini.experiments.report import difference_table, figure, read_results, summary, write_report
+
+TINY = {"sites": "2", "size": 32, "rounds": 2, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
+TINY |= {"data_options": {"per_site": 6, "val": 2, "test": 3}}
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("comparison")
+    results = Comparison(["local", "fedit", "pooled"], [0, 1], TINY, folder).run()
+    return folder, results
+
+
+def test_arms_are_paired_same_data_same_start_same_budget(comparison):
+    _, results = comparison
+    assert [(r["config"]["method"], r["config"]["seed"]) for r in results] == [
+        (m, s) for s in (0, 1) for m in ("local", "fedit", "pooled")
+    ]
+    for key in ("rounds", "steps", "batch", "rank", "data"):
+        assert len({r["config"][key] for r in results}) == 1
+
+
+def test_an_interrupted_comparison_goes_on_without_repeating(comparison):
+    folder, results = comparison
+    stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*/result.json")}
+    again = Comparison(["local", "fedit", "pooled"], [0, 1], TINY, folder).run()
+    assert again == results
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.glob("*/result.json")}
+
+
+def test_the_report_reads_back_what_was_written(comparison, tmp_path):
+    folder, results = comparison
+    assert read_results([folder]) == results
+    assert len(read_results([*folder.glob("fedit-*"), folder / "results.jsonl"])) == len(results)  # each run once
+    table = summary(results)
+    assert list(table.index) == ["local only", "FedIT", "pooled data"]
+    mean = sum(s["dice"] for r in results[::3] for s in r["scores"]["personal"].values()) / 4
+    assert table.loc["local only", "personal Dice"].startswith(f"{mean:.3f}")
+    differences = difference_table(results)
+    assert len(differences) == 3
+    a, b = (table.loc[name, "personal Dice"].split()[0] for name in ("FedIT", "local only"))
+    assert float(differences.loc["FedIT − local only", "Dice"]) == pytest.approx(float(a) - float(b), abs=2e-3)
+    text, picture = write_report(results, tmp_path)
+    assert text.read_text().count("\n|") >= 8 and picture.read_bytes().startswith(b"\x89PNG")
+    assert len(figure(results).axes) == 4
+
+
+def test_one_run_alone_has_a_report_too(comparison, tmp_path):
+    _, results = comparison
+    write_report(results[:1], tmp_path)
+
+
+def test_the_search_for_a_rate_never_touches_a_reported_seed(tmp_path):
+    results = Comparison(["fedit"], [0], TINY, tmp_path, rates=[1e-5, 1e-2]).run()
+    searched = [json.loads(p.read_text()) for p in tmp_path.glob(f"fedit-seed{SEARCH_SEED}-*/result.json")]
+    assert {r["config"]["lr"] for r in searched} == {1e-5, 1e-2}
+    best = max(searched, key=lambda r: r["val_dice"])
+    assert [r["config"]["lr"] for r in results] == [best["config"]["lr"]]
+    assert [r["config"]["seed"] for r in results] == [0]
+
+
+def test_a_method_named_twice_is_refused(tmp_path):
+    with pytest.raises(FedloraError, match="twice"):
+        Comparison(["fedit", "fedit"], [0], TINY, tmp_path).run()
+
+
+def test_a_file_without_results_is_refused(tmp_path):
+    with pytest.raises(FedloraError, match="holds no result"):
+        read_results([tmp_path])
+    (tmp_path / "x.jsonl").write_text("{broken")
+    with pytest.raises(FedloraError, match="not JSON"):
+        read_results([tmp_path / "x.jsonl"])

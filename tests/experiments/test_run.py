@@ -1,0 +1,172 @@
+"""A run: the same bytes whether or not it was killed, a result with its provenance, three protocols."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.run import Federation, run
+
+TINY = {"sites": "2", "size": 32, "rounds": 3, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
+TINY |= {"data_options": {"per_site": 6, "val": 2, "test": 3}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def test_a_result_says_what_made_it(tmp_path):
+    result = run(RunConfig(method="iat", **TINY), tmp_path)
+    assert result["config"]["method"] == "iat" and result["config"]["lr"] == 5e-3
+    assert {"torch", "monai", "numpy", "python", "source"} <= result["versions"].keys()
+    assert result["machine"]["device"] == "cpu" and result["machine"]["threads"] == 1
+    assert set(result["scores"]) == {"personal", "global", "new site"}
+    assert set(result["scores"]["personal"]) == {"site1", "site2"}
+    for protocol in result["scores"].values():
+        for scores in protocol.values():
+            assert 0 <= scores["dice"] <= 1 and 0 <= scores["hd95"] <= 32 * 2**0.5
+    assert len(result["bytes_up"]) == len(result["agg_err"]) == len(result["round_seconds"]) == 3
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "round", "round", "round", "result"]
+
+
+def test_the_same_config_twice_gives_the_same_final_bytes(tmp_path):
+    first, second = (run(RunConfig(method="fedsa", **TINY), tmp_path / name) for name in "ab")
+    assert first["final_sha256"] == second["final_sha256"]
+    assert first["scores"] == second["scores"]
+    assert (tmp_path / "a/final.safetensors").read_bytes() == (tmp_path / "b/final.safetensors").read_bytes()
+
+
+def test_stopping_after_any_round_and_going_on_changes_nothing(tmp_path):
+    config = RunConfig(method="fedsa", fraction=0.5, **TINY)
+    whole = run(config, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    for last in (1, 2, 3):
+        folder = tmp_path / f"after{last}"
+
+        def stop(record, last=last):
+            if record["round"] == last:
+                raise Stop
+
+        with pytest.raises(Stop):
+            run(config, folder, stop)
+        assert run(config, folder)["final_sha256"] == whole["final_sha256"]
+        for key in ("bytes_up", "bytes_down", "loss", "scores"):
+            assert json.loads((folder / "result.json").read_text())[key] == whole[key]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_a_random_moment_ends_with_the_same_bytes(tmp_path):
+    arguments = ["run", "iat", "--sites", "2", "--size", "32", "--rounds", "12", "--steps", "4", "--batch", "2"]
+    arguments += ["--threads", "1", "--option", "per_site=8", "--option", "test=3", "--option", "val=2"]
+
+    def start(folder: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "fedlora_mini.cli", *arguments, "--out", str(folder)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    whole = (tmp_path / "whole/final.safetensors").read_bytes()
+    for seed in range(2):
+        folder = tmp_path / f"killed{seed}"
+        process = start(folder)
+        wanted = random.Random(seed).randint(1, 9)
+        while process.poll() is None:
+            log = folder / "log.jsonl"
+            if log.exists() and log.read_text().count('"event": "round"') >= wanted:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        process.wait()
+        assert not (folder / "result.json").exists(), "it finished before it was killed"
+        assert start(folder).wait() == 0
+        assert (folder / "final.safetensors").read_bytes() == whole
+
+
+def test_a_folder_of_another_run_is_not_overwritten(tmp_path):
+    config = RunConfig(method="fedit", **TINY)
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, stop)
+    with pytest.raises(FedloraError, match="another run"):
+        run(config.but(seed=1), tmp_path)
+
+
+def test_pooled_training_gives_every_site_the_same_model(tmp_path):
+    federation = Federation.build(RunConfig(method="pooled", **TINY))
+    list(federation.rounds())
+    assert federation.engine.clients == [0]
+    scores = federation.evaluate(hd95=False)
+    assert scores["personal"] == scores["global"]
+
+
+def test_bf16_runs_the_same_path(tmp_path):
+    result = run(RunConfig(method="fedit", precision="bf16", **TINY), tmp_path / "bf16")
+    other = run(RunConfig(method="fedit", precision="float32", **TINY), tmp_path / "float32")
+    assert result["final_sha256"] != other["final_sha256"]
+    assert result["loss"] == pytest.approx(other["loss"], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["fedit", "fedavg", "iat"])
+def test_cuda_with_bf16_follows_the_cpu(tmp_path, method):
+    config = RunConfig(method=method, **TINY)
+    gpu, cpu = (run(config.but(device=device), tmp_path / device) for device in ("cuda", "cpu"))
+    assert gpu["machine"]["device"] == "cuda"
+    assert gpu["loss"] == pytest.approx(cpu["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "fedid"}, "Did you mean 'fedit'"),
+        ({"optimiser": "adm"}, "Did you mean 'adam'"),
+        ({"device": "gpu"}, "accepted: auto, cpu, cuda"),
+        ({"precision": "fp8"}, "unknown precision"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"lr": -1.0}, "lr must be positive"),
+        ({"clients": 4}, "clients needs dirichlet"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_error(changes, message):
+    with pytest.raises(FedloraError, match=message):
+        RunConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "phantm"}, "Did you mean 'phantom'"),
+        ({"model": "mini_sam"}, "Did you mean 'minisam'"),
+        ({"size": 30}, "multiples of 4"),
+        ({"base": "nowhere.safetensors"}, "cannot read base weights"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"data_options": {"apearance": 1}}, "Did you mean 'appearance'"),
+        ({"model": "unet3d", "base": "none"}, "is 3D, the images are 2D"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_data_is_one_clear_error(changes, message):
+    with pytest.raises(FedloraError, match=message):
+        Federation.build(RunConfig(**{**TINY, **changes}))
+
+
+def test_a_dirichlet_partition_sets_the_number_of_clients():
+    federation = Federation.build(RunConfig(dirichlet=5.0, **TINY))
+    assert [site.name for site in federation.data.sites] == ["client0", "client1"]

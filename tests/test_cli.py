@@ -1,0 +1,125 @@
+"""The command line as a stranger meets it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fedlora_mini.cli import main
+from fedlora_mini.federation import METHODS
+
+TINY = [
+    "--sites",
+    "2",
+    "--size",
+    "32",
+    "--rounds",
+    "2",
+    "--steps",
+    "2",
+    "--batch",
+    "2",
+    "--rank",
+    "2",
+    "--threads",
+    "1",
+]
+TINY += ["--option", "per_site=6", "--option", "val=2", "--option", "test=3"]
+
+
+def test_the_method_table_shows_every_row(capsys):
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(METHODS)
+    assert "B in encoder, A in decoder, head" in next(line for line in lines if line.startswith("iat"))
+
+
+def test_models_and_data_are_listed(capsys):
+    assert main(["models"]) == 0 and main(["data", "list"]) == 0
+    out = capsys.readouterr().out
+    assert "swin_unetr3d" in out and "phantom" in out and "CC0" in out
+
+
+def test_a_run_ends_with_a_table_and_names_its_folder(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["run", "fedit", *TINY, "--out", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "| FedIT |" in out and str(folder) in out
+    assert (folder / "final.safetensors").exists() and not (folder / "checkpoint.safetensors").exists()
+
+
+def test_a_comparison_ends_with_tables_and_a_figure(tmp_path, capsys):
+    folder = tmp_path / "comparison"
+    assert main(["compare", "local", "iat", *TINY, "--seeds", "0-1", "--out", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "IAT sharing − local only" in out
+    assert (folder / "report.png").exists() and (folder / "report.md").read_text() in out
+    assert main(["report", str(folder), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again/report.md").read_text() == (folder / "report.md").read_text()
+
+
+def test_data_show_writes_a_gallery(tmp_path, capsys):
+    picture = tmp_path / "gallery.png"
+    assert main(["data", "show", "phantom", "--size", "32", "--option", "per_site=8", "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and "site1" in capsys.readouterr().out
+
+
+def test_data_check_lists_problems_and_says_so_in_its_exit_status(tmp_path, capsys):
+    import numpy as np
+    from PIL import Image
+
+    for site in ("a", "b"):
+        for part in ("images", "masks"):
+            (tmp_path / site / part).mkdir(parents=True)
+    for i in range(8):
+        picture = np.random.default_rng(i).integers(0, 255, (20, 20), dtype=np.uint8)
+        for site in ("a", "b"):
+            Image.fromarray(picture).save(tmp_path / site / "images" / f"{i}.png")
+            Image.fromarray(((picture > 128) * 255).astype(np.uint8)).save(tmp_path / site / "masks" / f"{i}.png")
+    assert main(["data", "check", str(tmp_path)]) == 0
+    (tmp_path / "b" / "masks" / "3.png").unlink()
+    (tmp_path / "b" / "images" / "4.png").write_bytes(b"broken")
+    capsys.readouterr()
+    assert main(["data", "check", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "3.png" in out and "4.png" in out
+    assert main(["run", "fedit", "--data", str(tmp_path), "--size", "32"]) == 2
+    assert "fedlora data check" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "fedid"], "Did you mean 'fedit'"),
+        (["run", "fedit", "--data", "nuklei"], "Did you mean 'nuclei'"),
+        (["run", "fedit", "--data", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["run", "fedit", "--device", "tpu"], "unknown device 'tpu'"),
+        (["run", "fedit", "--option", "per_site"], "NAME=VALUE"),
+        (["compare", "local", "--seeds", "x"], "seeds 'x'"),
+        (["report", "/nowhere"], "holds no result"),
+        (["data", "fetch", "phantom"], "nuclei"),
+        (["data", "show"], "needs a name"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_traceback(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fedlora: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["compare"], ["report"], ["data"], ["pretrain"]])
+def test_help_is_there(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "usage: fedlora" in out
+    if command and command[0] in ("run", "compare", "report", "data"):
+        assert "example" in out
+
+
+def test_the_installed_command_is_the_same():
+    out = subprocess.run(
+        [sys.executable, "-m", "fedlora_mini.cli", "methods"], capture_output=True, text=True, check=True
+    )
+    assert "fedsa" in out.stdout
