@@ -1,0 +1,85 @@
+"""What every data set is: sites, each with a train, validation and test split and a written record of its shift."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedlora_mini.errors import FedloraError
+
+IGNORE = 255  # label value that no loss and no metric looks at
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value: compare by identity
+class Split:
+    """`images` (N, C, *spatial) float32 in [0, 1]; `masks` (N, *spatial) uint8, 0 = background, IGNORE = not judged."""
+
+    images: Tensor
+    masks: Tensor
+
+    def __post_init__(self) -> None:
+        if self.images.shape[0] != self.masks.shape[0] or self.images.shape[2:] != self.masks.shape[1:]:
+            raise FedloraError(
+                f"images {tuple(self.images.shape)} and masks {tuple(self.masks.shape)} do not fit: "
+                "expected (N, C, *spatial) and (N, *spatial)"
+            )
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @staticmethod
+    def concat(parts: "list[Split]") -> "Split":
+        return Split(torch.cat([p.images for p in parts]), torch.cat([p.masks for p in parts]))
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One client's data. `record` says in plain values where it came from or which shift made it."""
+
+    name: str
+    train: Split
+    val: Split
+    test: Split
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def sizes(self) -> dict[str, int]:
+        return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
+
+    def statistics(self) -> dict[str, float]:
+        """Shift statistics of the training split: intensity mean and std, foreground share, objects' mean area."""
+        from fedlora_mini.data.statistics import describe
+
+        return describe(self.train)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """`sites` take part in training, `unseen` never do. `classes[0]` is the background."""
+
+    name: str
+    sites: tuple[Site, ...]
+    classes: tuple[str, ...]
+    unseen: tuple[Site, ...] = ()
+    note: str = ""  # what a reader must know: real or simulated, how it was split
+    licence: str = ""
+
+    @property
+    def channels(self) -> int:
+        return self.sites[0].train.images.shape[1]
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        return tuple(self.sites[0].train.images.shape[2:])
+
+    def __post_init__(self) -> None:
+        if not self.sites:
+            raise FedloraError(f"data set '{self.name}' has no sites")
+        names = [site.name for site in (*self.sites, *self.unseen)]
+        for name in names:
+            if names.count(name) > 1:
+                raise FedloraError(f"data set '{self.name}' has two sites called '{name}'")
+        for site in (*self.sites, *self.unseen):
+            for part, size in site.sizes().items():
+                if size == 0 and not (part == "val" and site in self.unseen):
+                    raise FedloraError(f"site '{site.name}' of '{self.name}' has an empty {part} split")

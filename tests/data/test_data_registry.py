@@ -1,0 +1,124 @@
+"""One `load` for every data set: names, sites, caps and options, and errors that say what is accepted."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora_mini.data import DATASETS, IGNORE, Dataset, Site, Split, available, fetch, keep_classes, load, options
+from fedlora_mini.data.splits import block_sizes, natural, split_groups, split_items
+from fedlora_mini.errors import FedloraError
+
+TINY = {"size": 16, "per_site": 4, "val": 2, "test": 3}
+
+
+def test_every_row_of_the_table_says_what_it_is() -> None:
+    rows = available()
+    assert [r["name"] for r in rows] == list(DATASETS) and {r["kind"] for r in rows} == {"real", "simulated"}
+    assert all(r["description"] and r["licence"] and r["ready"] for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: load("phantm"), "unknown data set 'phantm'.*Did you mean 'phantom'"),
+        (lambda: load("folder"), "give the path"),
+        (lambda: load("phantom", apearance=1), "Did you mean 'appearance'"),
+        (lambda: load("phantom", sites="site1,sit2", **TINY), "unknown site 'sit2'"),
+        (lambda: load("phantom", sites="site1", unseen="site1", **TINY), "cannot both train and be unseen"),
+        (lambda: load("phantom", size="big"), "size is a number of pixels"),
+        (lambda: load("/no/such/folder"), "no folder or zip archive"),
+        (lambda: fetch("phantom"), "unknown data set to fetch 'phantom'; accepted: nuclei"),
+        (lambda: options("brian"), "Did you mean 'brain'"),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_accepted(call, words: str) -> None:
+    with pytest.raises(FedloraError, match=words):
+        call()
+
+
+def test_sites_are_chosen_by_number_by_name_or_by_list() -> None:
+    def names(**chosen: object) -> tuple[list[str], list[str]]:
+        data = load("phantom", **TINY, **chosen)
+        return [s.name for s in data.sites], [s.name for s in data.unseen]
+
+    assert names() == (["site1", "site2", "site3", "site4"], ["unseen1"])
+    assert names(sites=2, unseen=2) == (["site1", "site2"], ["unseen1", "unseen2"])
+    assert names(sites="site3, site1") == (["site3", "site1"], ["unseen1"])
+    assert names(unseen=["site2"]) == (["site1", "site3", "site4"], ["site2"])
+    assert names(unseen=()) == (["site1", "site2", "site3", "site4"], [])
+    assert names(sites=["site1", "unseen1"]) == (["site1", "unseen1"], [])
+
+
+def test_real_sites_are_counted_out_from_what_there_is(hospitals) -> None:
+    assert [s.name for s in load(hospitals, size=16, sites=2).sites] == ["east", "north"]
+    assert [s.name for s in load(hospitals, size=16, unseen=1).unseen] == ["south"]
+    with pytest.raises(FedloraError, match="3 sites to give, 5 were asked for"):
+        load(hospitals, size=16, sites=5)
+    with pytest.raises(FedloraError, match=r"no site .* is left"):
+        load(hospitals, size=16, unseen=3)
+
+
+def test_caps_thin_every_split_evenly(hospitals) -> None:
+    site = load(hospitals, size=16, per_site=3, test=1).sites[0]
+    assert site.sizes() == {"train": 3, "val": 2, "test": 1}
+    with pytest.raises(FedloraError, match="per_site must be at least 1"):
+        load(hospitals, size=16, per_site=0)
+
+
+def test_kept_classes_are_numbered_anew_and_the_rest_can_be_ignored() -> None:
+    data = load("phantom", **{**TINY, "size": 64})
+    only = keep_classes(data, "lesion")
+    lesion = data.classes.index("lesion")
+    assert only.classes == ("background", "lesion")
+    assert torch.equal(only.sites[0].train.masks == 1, data.sites[0].train.masks == lesion)
+    unjudged = keep_classes(data, ["vessel", "liver"], others=IGNORE).sites[0].train.masks
+    assert unjudged.unique().tolist() == [0, 1, 2, IGNORE]
+    with pytest.raises(FedloraError, match="unknown class 'spleen'"):
+        keep_classes(data, "spleen")
+
+
+def test_a_data_set_refuses_what_does_not_fit() -> None:
+    split = Split(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.uint8))
+    empty = Split(torch.zeros(0, 3, 8, 8), torch.zeros(0, 8, 8, dtype=torch.uint8))
+    with pytest.raises(FedloraError, match="do not fit"):
+        Split(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 9))
+    with pytest.raises(FedloraError, match="no sites"):
+        Dataset("x", (), ("background", "a"))
+    with pytest.raises(FedloraError, match="empty test split"):
+        Dataset("x", (Site("s", split, split, empty),), ("background", "a"))
+    with pytest.raises(FedloraError, match="two sites called 's'"):
+        Dataset("x", (Site("s", split, split, split), Site("s", split, split, split)), ("background", "a"))
+
+
+@pytest.mark.parametrize("n", [3, 4, 7, 20, 101])
+@pytest.mark.parametrize("grouping", ["contiguous", "random"])
+def test_splits_partition_the_items(n: int, grouping: str) -> None:
+    parts = split_items(n, np.random.default_rng(0), grouping)
+    assert sorted(i for part in parts for i in part) == list(range(n))
+    assert [len(p) for p in parts] == list(block_sizes(n)) and min(len(p) for p in parts) >= 1
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [9, 1, 1], [5, 5, 5], [40, 3, 2, 2, 1, 1], [4] * 25])
+def test_group_splits_partition_and_never_cut_a_group(sizes: list[int]) -> None:
+    groups = [f"g{i}" for i, n in enumerate(sizes) for _ in range(n)]
+    for seed in range(4):
+        parts = split_groups(groups, np.random.default_rng(seed))
+        assert sorted(i for part in parts for i in part) == list(range(len(groups))) and all(parts)
+        owners = [{groups[i] for i in part} for part in parts]
+        assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
+    if len(sizes) == 25:
+        assert all(abs(len(part) - share) <= 4 for part, share in zip(parts, (70, 15, 15), strict=True))
+
+
+def test_names_sort_as_a_reader_counts() -> None:
+    assert sorted(["f10", "f2", "f1b", "a"], key=natural) == ["a", "f1b", "f2", "f10"]
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = "('monai', 'nilearn', 'matplotlib', 'pandas', 'nibabel', 'scipy', 'PIL')"
+    code = f"import sys, fedlora_mini.data; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
