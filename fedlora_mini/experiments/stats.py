@@ -14,12 +14,17 @@ LEAST_PAIRS = 6  # an exact two-sided Wilcoxon test on 5 pairs cannot go below p
 
 @dataclass(frozen=True)
 class Difference:
-    """mean(a - b) with a 95 % interval. `p` is None with fewer than LEAST_PAIRS seeds: too few for a test."""
+    """mean(a - b) with a 95 % interval.
+
+    `p` is the exact Wilcoxon test's, None with fewer than LEAST_PAIRS seeds: too few for a test by seed.
+    `p_bootstrap` is twice the share of bootstrap means on the smaller side of zero, at least 1 / draws.
+    """
 
     mean: float
     low: float
     high: float
     p: float | None
+    p_bootstrap: float
     seeds: int
     sites: int
 
@@ -45,7 +50,8 @@ def paired_difference(
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     per_seed = d.mean(1)
     p = float(wilcoxon(per_seed).pvalue) if S >= LEAST_PAIRS and np.any(per_seed != 0) else None
-    return Difference(float(d.mean()), float(low), float(high), p, S, K)
+    side = min(float((means <= 0).mean()), float((means >= 0).mean()))
+    return Difference(float(d.mean()), float(low), float(high), p, min(1.0, max(2 * side, 1 / draws)), S, K)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

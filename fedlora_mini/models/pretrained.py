@@ -22,7 +22,8 @@ def save_base(model: nn.Module, out: Path, metadata: dict[str, Any]) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(tensors, part, metadata={key: json.dumps(value, sort_keys=True) for key, value in metadata.items()})
+    # One key: the format does not promise an order of several, and the same weights should be the same bytes.
+    save_file(tensors, part, metadata={"notes": json.dumps(metadata, sort_keys=True)})
     os.replace(part, out)
     return out
 
@@ -32,7 +33,7 @@ def read_base(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            return tensors, json.loads((file.metadata() or {}).get("notes", "{}"))
     except Exception as error:
         raise FedloraError(f"cannot read base weights '{path}': {error}") from None
 

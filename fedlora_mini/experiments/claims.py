@@ -1,0 +1,185 @@
+"""Every sentence of the form "X beats Y" that the book makes, and the verdict that stored runs give it.
+
+A claim is written down before it is run: its arms, data, protocol, metric, sign and margin. Nothing here is a result.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.experiments.report import Result, read_results, table_of
+from fedlora_mini.experiments.stats import Difference, holm, paired_difference
+from fedlora_mini.federation import METHODS
+
+MARGIN = 0.005  # half a Dice point: smaller differences count as none
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Claim:
+    """metric(a) - metric(b) is positive, negative or about zero (`sign` +1, -1, 0), paired over seeds and sites."""
+
+    text: str
+    a: str
+    b: str
+    results: str  # a file in results/
+    sign: int
+    protocol: str = "personal"
+    metric: str = "dice"
+    margin: float = MARGIN
+    source: str = ""  # citation key; empty = ours
+    matched: str = "rounds, local steps, batches, initial weights, data, adapter and rank"
+    not_matched: str = "bytes sent"
+
+
+CLAIMS: dict[str, Claim] = {
+    "fedit-below-local": Claim(
+        "When sites differ in appearance, one shared LoRA (FedIT) is worse for a site's own data than training alone.",
+        "fedit",
+        "local",
+        "phantom_appearance.jsonl",
+        -1,
+    ),
+    "fedit-below-local-supervision": Claim(
+        "When sites differ in how they annotate, FedIT is worse for a site's own data than training alone.",
+        "fedit",
+        "local",
+        "phantom_supervision.jsonl",
+        -1,
+    ),
+    "fedit-below-local-nuclei": Claim(
+        "On four real nuclei domains, FedIT is worse for a domain's own data than training alone.",
+        "fedit",
+        "local",
+        "nuclei_main.jsonl",
+        -1,
+    ),
+    "fedit-new-site": Claim(
+        "For a site that never trained, FedIT's shared model is better than the mean of locally trained ones.",
+        "fedit",
+        "local",
+        "phantom_appearance.jsonl",
+        +1,
+        protocol="new site",
+    ),
+    "exactness-helps": Claim(
+        "An exact average helps: RoLoRA, whose aggregation error is zero, beats FedIT at equal rounds and steps.",
+        "rolora",
+        "fedit",
+        "phantom_appearance.jsonl",
+        +1,
+        source="chen2024rolora",
+        not_matched="bytes sent (RoLoRA sends one factor a round), updates per factor (half)",
+    ),
+    "fedsa-over-fedit": Claim(
+        "Sharing A alone (FedSA) beats sharing both factors on each site's own data.",
+        "fedsa",
+        "fedit",
+        "phantom_appearance.jsonl",
+        +1,
+        source="guo2025fedsa",
+        not_matched="bytes sent, and the head, which FedSA keeps at the site",
+    ),
+    "iat-over-fedsa-nuclei": Claim(
+        "On real nuclei domains, IAT's sharing beats FedSA on each domain's own data.",
+        "iat",
+        "fedsa",
+        "nuclei_main.jsonl",
+        +1,
+        source="iat2026",
+        not_matched="bytes sent, and the head: IAT shares it, FedSA does not",
+    ),
+    "lora-equals-full": Claim(
+        "FedAvg of all weights is no better than FedIT, which trains a tenth of them.",
+        "fedavg",
+        "fedit",
+        "phantom_appearance.jsonl",
+        0,
+        matched="rounds, local steps, batches, initial weights, data",
+        not_matched="trained parameters and bytes (ten times as many for FedAvg); each with its own learning rate",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the stored runs say about one claim."""
+
+    claim: Claim
+    difference: Difference | None
+    p: float | None  # Holm-corrected over all claims that have results
+    word: str  # supported, contradicted, not supported, inconclusive, not run
+
+    def _repr_markdown_(self) -> str:
+        claim, d = self.claim, self.difference
+        a, b = METHODS[claim.a].title, METHODS[claim.b].title
+        expected = {1: "positive", -1: "negative", 0: f"within ±{claim.margin:g}"}[claim.sign]
+        lines = [
+            f"**Claim.** {claim.text}",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| verdict | **{self.word}** |",
+            f"| expected | {a} − {b}, {claim.protocol} {claim.metric}: {expected} |",
+        ]
+        if d is not None:
+            p = f", p = {self.p:.3f} (Holm)" if self.p is not None else ""
+            lines.append(f"| measured | {d.mean:+.4f}, 95 % interval [{d.low:+.4f}, {d.high:+.4f}]{p} |")
+            lines.append(f"| paired over | {d.seeds} seeds × {d.sites} site{'s' if d.sites > 1 else ''} |")
+        lines += [
+            f"| matched | {claim.matched} |",
+            f"| not matched | {claim.not_matched} |",
+            f"| runs | `results/{claim.results}` |",
+        ]
+        return "\n".join(lines)
+
+
+def results_folder() -> Path | None:
+    """The repository's `results/`: $FEDLORA_RESULTS, or above the working folder, or beside the package's sources."""
+    named = os.environ.get("FEDLORA_RESULTS")
+    places = [Path(named)] if named else [p / "results" for p in (Path.cwd(), *Path.cwd().parents)]
+    places.append(Path(__file__).parents[2] / "results")
+    return next((p for p in places if p.is_dir()), None)
+
+
+def _difference(claim: Claim) -> Difference | None:
+    folder = results_folder()
+    if folder is None or not (folder / claim.results).is_file():
+        return None
+    results: list[Result] = read_results([folder / claim.results])
+    a, b = (table_of(results, arm, claim.protocol, claim.metric) for arm in (claim.a, claim.b))
+    if not a.size or a.shape != b.shape:
+        raise FedloraError(f"'{claim.results}' does not hold both {claim.a} and {claim.b} with the same seeds")
+    return paired_difference(a, b)
+
+
+def judge(claim: Claim, d: Difference, p: float) -> str:
+    """An effect counts if its corrected p is below 0.05; its absence counts if the interval fits within the margin."""
+    none = -claim.margin < d.low and d.high < claim.margin
+    if claim.sign == 0:
+        return "supported" if none else "contradicted" if p < LEVEL and abs(d.mean) > claim.margin else "inconclusive"
+    if p < LEVEL:
+        return "supported" if d.mean * claim.sign > 0 else "contradicted"
+    return "not supported" if none else "inconclusive"
+
+
+def verdicts(claims: dict[str, Claim] | None = None) -> dict[str, Verdict]:
+    """All verdicts, p-values corrected together."""
+    table = CLAIMS if claims is None else claims
+    found = {key: _difference(claim) for key, claim in table.items()}
+    tested = {key: d for key, d in found.items() if d is not None}
+    corrected = dict(zip(tested, holm([d.p_bootstrap for d in tested.values()]), strict=True))
+    return {
+        key: Verdict(claim, d, corrected[key], judge(claim, d, corrected[key]))
+        if (d := found[key]) is not None
+        else Verdict(claim, None, None, "not run")
+        for key, claim in table.items()
+    }
+
+
+def verdict(key: str) -> Verdict:
+    """The card of one claim; a notebook shows it as a table."""
+    if key not in CLAIMS:
+        raise unknown("claim", key, CLAIMS)
+    return verdicts()[key]

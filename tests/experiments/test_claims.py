@@ -1,0 +1,75 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments import claims
+from fedlora_mini.experiments.claims import CLAIMS, Claim, judge, verdicts
+from fedlora_mini.experiments.stats import paired_difference
+from fedlora_mini.federation import METHODS
+
+UP = Claim("FedSA beats FedIT.", "fedsa", "fedit", "x.jsonl", +1)
+
+
+def difference(mean, spread, seeds=8):
+    rng = np.random.default_rng(0)
+    d = mean + spread * rng.standard_normal((seeds, 4))
+    return paired_difference(d, np.zeros_like(d))
+
+
+@pytest.mark.parametrize(
+    ("sign", "mean", "spread", "word"),
+    [
+        (+1, 0.05, 0.01, "supported"),
+        (+1, -0.05, 0.01, "contradicted"),
+        (+1, 0.0, 0.001, "not supported"),
+        (+1, 0.0, 0.2, "inconclusive"),
+        (-1, -0.05, 0.01, "supported"),
+        (-1, 0.05, 0.01, "contradicted"),
+        (0, 0.0, 0.001, "supported"),
+        (0, 0.05, 0.01, "contradicted"),
+        (0, 0.0, 0.2, "inconclusive"),
+    ],
+)
+def test_the_verdict_follows_from_the_interval(sign, mean, spread, word):
+    d = difference(mean, spread)
+    assert judge(replace(UP, sign=sign), d, d.p_bootstrap) == word
+
+
+def test_every_claim_names_methods_and_a_protocol_that_exist():
+    for key, claim in CLAIMS.items():
+        assert claim.a in METHODS and claim.b in METHODS, key
+        assert claim.sign in (-1, 0, 1) and claim.protocol in ("personal", "global", "new site"), key
+        assert claim.text.endswith(".") and claim.matched and claim.results.endswith(".jsonl"), key
+
+
+def result(method, seed, dice):
+    scores = {"site1": {"dice": dice}, "site2": {"dice": dice + 0.01}}
+    return {"event": "result", "config": {"method": method, "seed": seed}, "scores": {"personal": scores}}
+
+
+def test_a_card_is_computed_from_stored_runs_and_corrected_for_all_claims(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_RESULTS", str(tmp_path))
+    rows = [result(m, s, 0.7 + 0.1 * (m == "fedsa") + 0.001 * s) for s in range(8) for m in ("fedit", "fedsa")]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = verdicts({"up": UP, "down": replace(UP, sign=-1), "missing": replace(UP, results="no.jsonl")})
+    assert [found[k].word for k in ("up", "down", "missing")] == ["supported", "contradicted", "not run"]
+    assert found["up"].difference.mean == pytest.approx(0.1)
+    assert found["up"].p == pytest.approx(2 * found["up"].difference.p_bootstrap)
+    card = found["up"]._repr_markdown_()
+    assert "**supported**" in card and "FedSA-LoRA − FedIT" in card and "8 seeds × 2 sites" in card
+
+
+def test_unpaired_runs_give_no_verdict(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_RESULTS", str(tmp_path))
+    rows = [result("fedit", 0, 0.7), result("fedit", 1, 0.7), result("fedsa", 0, 0.8)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(FedloraError, match="same seeds"):
+        verdicts({"up": UP})
+
+
+def test_an_unknown_claim_is_a_clear_error():
+    with pytest.raises(FedloraError, match="Did you mean 'fedit-below-local'"):
+        claims.verdict("fedit-below-locl")
