@@ -49,7 +49,8 @@ class LoRA(Adapter):
         return to_weight(self.base, self.scaling * (self.B @ self.A))
 
     def path(self, x: Tensor) -> Tensor:
-        return lowrank(self.base, x, self.A, self.B * self.scaling)
+        B = self.B if self.scaling == 1 else self.scaling * self.B
+        return lowrank(self.base, x, self.A, B)
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha, "rslora": self.rslora}

@@ -64,22 +64,6 @@ def group_size(x: Tensor, groups: int) -> int:
     return x.shape[0] // groups
 
 
-def fold(x: Tensor, G: int) -> Tensor:
-    """(G*b, C, *S) -> (b, G*C, *S): groups of samples become groups of channels."""
-    if G == 1:
-        return x
-    b = group_size(x, G)
-    return x.reshape(G, b, *x.shape[1:]).transpose(0, 1).reshape(b, G * x.shape[1], *x.shape[2:])
-
-
-def unfold(x: Tensor, G: int) -> Tensor:
-    """(b, G*C, *S) -> (G*b, C, *S): the inverse of `fold`."""
-    if G == 1:
-        return x
-    b, C = x.shape[0], x.shape[1] // G
-    return x.reshape(b, G, C, *x.shape[2:]).transpose(0, 1).reshape(G * b, C, *x.shape[2:])
-
-
 def linear(x: Tensor, W: Tensor) -> Tensor:
     """x (N, …, n) times W (m, n) or (G, m, n) -> (N, …, m)."""
     if W.dim() == 2:
@@ -108,14 +92,52 @@ def convolve(layer: Any, x: Tensor, kernels: Tensor, groups: int) -> Tensor:
     return _conv[dims](padded, W, None, layer.stride, 0, layer.dilation, groups)
 
 
+def is_pointwise(layer: Any) -> bool:
+    """Whether the layer is a matrix at every voxel: a convolution of size 1 that moves and pads nothing."""
+    return (
+        isinstance(layer, CONV)
+        and layer.groups == math.prod(layer.kernel_size) == math.prod(layer.stride) == 1
+        and (isinstance(layer.padding, str) or not any(layer.padding))
+    )
+
+
+def pointwise(x: Tensor, W: Tensor) -> Tensor:
+    """x (N, g*n, *S) times W (G, g, m, n), the same at every voxel -> (N, g*m, *S); g are the groups of channels.
+
+    A batched matmul: unlike a convolution it copies no layout.
+    """
+    G, g, m, n = W.shape
+    y = W.unsqueeze(1) @ x.reshape(G, group_size(x, G), g, n, -1)  # (G, N/G, g, m, voxels)
+    return y.reshape(x.shape[0], g * m, *x.shape[2:])
+
+
+def convolve_grouped(layer: Any, x: Tensor, kernels: Tensor, G: int) -> Tensor:
+    """`convolve` with kernels (G*g, c_out, c, *k): block i of the batch sees the i-th g of them. -> (N, g*c_out, *S').
+
+    One sample a block (per-sample gradients): the blocks become groups of channels, one call and no copy. More of
+    them (clients): a call a block, since samples beside channels would have to be copied there and back.
+    """
+    N, g = x.shape[0], layer.groups
+    if G == 1:
+        return convolve(layer, x, kernels, g)
+    if group_size(x, G) > 1:
+        blocks = zip(x.chunk(G), kernels.chunk(G), strict=True)
+        return torch.cat([convolve(layer, part, own, g) for part, own in blocks])
+    y = convolve(layer, x.reshape(1, -1, *x.shape[2:]), kernels, G * g)  # (1, N*g*c_out, *S')
+    return y.reshape(N, -1, *y.shape[2:])
+
+
 def operate(layer: Any, x: Tensor, W: Tensor) -> Tensor:
     """The layer's operation, without bias, with weight W: weight.shape or (G, *weight.shape)."""
     if isinstance(layer, nn.Linear):
         return linear(x, W)
-    G = W.shape[0] if W.dim() > layer.weight.dim() else 1
-    m, g = layer.out_channels, layer.groups
-    kernels = to_matrix(layer, W).reshape(G * g, m // g, layer.in_channels // g, *layer.kernel_size)
-    return unfold(convolve(layer, fold(x, G), kernels, G * g), G)
+    m, n = matrix_shape(layer)
+    M = to_matrix(layer, W).reshape(-1, m, n)  # (G, m, n)
+    G, g = M.shape[0], layer.groups
+    if is_pointwise(layer):
+        return pointwise(x, M.unsqueeze(1))
+    kernels = M.reshape(G * g, m // g, layer.in_channels // g, *layer.kernel_size)
+    return convolve_grouped(layer, x, kernels, G)
 
 
 def add_bias(layer: Any, y: Tensor, d: Tensor) -> Tensor:
@@ -135,10 +157,12 @@ def lowrank(layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """
     if isinstance(layer, nn.Linear):
         return linear(linear(x, A), B)
-    G = A.shape[0] if A.dim() == 3 else 1
-    r, m, g = A.shape[-2], layer.out_channels, layer.groups
-    kernels = A.reshape(G, 1, r, layer.in_channels // g, *layer.kernel_size)
-    kernels = kernels.expand(G, g, *kernels.shape[2:]).reshape(G * g, *kernels.shape[2:])  # (G*g, r, c_in/g, k)
-    h = convolve(layer, fold(x, G), kernels, G * g)  # (N/G, G*g*r, *S')
-    pointwise = B.reshape(G * m, r, *(1,) * (x.dim() - 2))
-    return unfold(_conv[x.dim() - 2](h, pointwise, groups=G * g), G)
+    A, B = A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:])  # (G, r, n), (G, m, r)
+    (G, r, _), m, g = A.shape, layer.out_channels, layer.groups
+    if is_pointwise(layer):
+        h = pointwise(x, A.unsqueeze(1))
+    else:
+        kernels = A.reshape(G, 1, r, layer.in_channels // g, *layer.kernel_size)
+        kernels = kernels.expand(G, g, *kernels.shape[2:]).reshape(G * g, *kernels.shape[2:])  # (G*g, r, c_in/g, *k)
+        h = convolve_grouped(layer, x, kernels, G)  # (N, g*r, *S')
+    return pointwise(h, B.reshape(G, g, m // g, r))

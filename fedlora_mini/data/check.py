@@ -59,7 +59,9 @@ def examine(layout: Layout, visit: Visit | None = None, progress: bool = False) 
     problems = list(layout.problems)
     sites: dict[str, dict[str, Any]] = {}
     total = sum(len(pairs) for pairs in layout.sites.values())
-    with tqdm(total=total, desc=f"reading {layout.root.name}", leave=False, delay=1, disable=not progress) as bar:
+    with tqdm(
+        total=total, desc=f"reading {layout.root.name}", leave=False, delay=1, disable=None if progress else True
+    ) as bar:
         for site, pairs in layout.sites.items():
             seen = {"images": 0, "slices": 0, "empty": 0}
             sizes: set[tuple[int, int]] = set()

@@ -130,7 +130,13 @@ def _transfer(url: str, part: Path) -> None:
         length = response.headers.get("Content-Length")
         total = have + int(length) if length else None
         bar = tqdm(
-            total=total, initial=have, unit="B", unit_scale=True, desc=part.name.removesuffix(".part"), leave=False
+            total=total,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            desc=part.name.removesuffix(".part"),
+            leave=False,
+            disable=None,
         )
         with open(part, "ab" if resumed else "wb") as file, bar:
             while block := response.read(BLOCK):
@@ -167,7 +173,7 @@ def content_digest(path: Path, under: str, suffix: str = "") -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             chosen = {k: v for k, v in members(archive, under).items() if k.endswith(suffix)}
-            for name in tqdm(sorted(chosen), desc=f"checking {path.name}", leave=False, delay=1):
+            for name in tqdm(sorted(chosen), desc=f"checking {path.name}", leave=False, delay=1, disable=None):
                 lines.append(f"{name} {hashlib.sha256(archive.read(chosen[name])).hexdigest()}\n")
     except (zipfile.BadZipFile, OSError, RuntimeError) as error:
         raise FedloraError(f"{path.name} is not a readable zip archive: {error}") from error

@@ -89,7 +89,7 @@ def tile_archive(path: Path, size: int) -> dict[str, np.ndarray]:
             if len(parts) == 3 and parts[1] in ("images", "masks") and name.endswith(".png"):
                 files[parts[0]][parts[1]].append(info)
         ids = sorted(files)
-        for index, name in enumerate(tqdm(ids, desc="preparing nuclei", leave=False, delay=1)):
+        for index, name in enumerate(tqdm(ids, desc="preparing nuclei", leave=False, delay=1, disable=None)):
             if len(files[name]["images"]) != 1:
                 raise FedloraError(f"{FOLDER}/{name} holds {len(files[name]['images'])} images, expected one")
             image = _read(archive, files[name]["images"][0], "RGB")  # (H, W, 3)

@@ -52,7 +52,7 @@ CLAIMS: dict[str, Claim] = {
         "On four real nuclei domains, FedIT is worse for a domain's own data than training alone.",
         "fedit",
         "local",
-        "nuclei_main.jsonl",
+        "nuclei_domains.jsonl",
         -1,
     ),
     "fedit-new-site": Claim(
@@ -85,7 +85,7 @@ CLAIMS: dict[str, Claim] = {
         "On real nuclei domains, IAT's sharing beats FedSA on each domain's own data.",
         "iat",
         "fedsa",
-        "nuclei_main.jsonl",
+        "nuclei_domains.jsonl",
         +1,
         source="iat2026",
         not_matched="bytes sent, and the head: IAT shares it, FedSA does not",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -110,59 +111,78 @@ def difference_table(results: Sequence[Result], protocol: str = "personal") -> p
     return pd.DataFrame(rows).set_index("difference") if rows else pd.DataFrame()
 
 
-def _points(axis: Axes, results: Sequence[Result], protocol: str, title: str) -> None:
-    """One marker a site (mean over seeds), a black bar for the mean over sites."""
+TITLES = {
+    "personal": "personal: each site's own model",
+    "global": "global: one model for every site",
+    "new site": "new site: never trained",
+}
+
+
+def _points(axis: Axes, results: Sequence[Result], protocol: str) -> None:
+    """One marker a site (mean over seeds), a black bar with its number for the mean over sites."""
     names = arms(results)
+    places = np.arange(len(names))
     sites = list(next(r for r in results if protocol in r["scores"])["scores"][protocol])
+    first = 0 if protocol != "new site" else 6  # unseen sites get colours of their own
     for k, site in enumerate(sites):
         values = [table_of(results, name, protocol)[:, k].mean() for name in names]
-        shift = (k - (len(sites) - 1) / 2) * 0.11
-        axis.plot(np.arange(len(names)) + shift, values, "o", ms=6, label=site, alpha=0.9)
+        shift = (k - (len(sites) - 1) / 2) * min(0.12, 0.6 / len(sites))
+        axis.plot(places + shift, values, "o", ms=5, label=site, alpha=0.85, color=f"C{(first + k) % 10}")
     means = [table_of(results, name, protocol).mean() for name in names]
-    axis.hlines(means, np.arange(len(names)) - 0.36, np.arange(len(names)) + 0.36, colors="black", lw=2, zorder=3)
+    axis.hlines(means, places - 0.36, places + 0.36, colors="black", lw=1.5, zorder=1)
     for x, y in enumerate(means):
-        axis.annotate(f"{y:.3f}", (x, y), xytext=(0, 4), textcoords="offset points", ha="center", fontsize=8)
-    axis.set_xticks(range(len(names)), [METHODS[name].title for name in names], rotation=20, ha="right")
-    axis.set_xlim(-0.6, len(names) - 0.4)
-    axis.set_ylabel("Dice on test images")
-    axis.set_title(title, fontsize=10)
+        axis.annotate(f"{y:.3f}", (x + 0.4, y), ha="left", va="center", fontsize=8)
+    axis.set_xticks(places, [METHODS[name].title for name in names], rotation=20, ha="right")
+    axis.set_xlim(-0.6, len(names) - 0.1)
+    axis.set_title(TITLES[protocol], fontsize=10)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=7, title="site", title_fontsize=7, loc="lower left", framealpha=0.8)
 
 
-def figure(results: Sequence[Result]) -> Figure:
-    """Dice by method and site for each protocol, and the paired differences of the personal one."""
-    titles = {
-        "personal": "personal: each site's own model",
-        "global": "global: one model, every site",
-        "new site": "new site: never trained",
-    }
-    shown = [p for p in titles if any(p in r["scores"] for r in results)]
+def _intervals(axis: Axes, pairs: dict[tuple[str, str], Difference]) -> None:
+    """One line a pair: the mean difference and its interval; green above zero, red below, grey across."""
+    rows = list(pairs.items())[::-1]
+    for y, (_, d) in enumerate(rows):
+        colour = "C2" if d.low > 0 else "C3" if d.high < 0 else "0.4"
+        axis.plot([d.low, d.high], [y, y], "-", color=colour, lw=2)
+        axis.plot(d.mean, y, "o", color=colour)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(range(len(rows)), [f"{METHODS[a].title} − {METHODS[b].title}" for (a, b), _ in rows], fontsize=8)
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.set_xlabel("difference in personal Dice, 95 % interval")
+    axis.set_title(f"paired over {rows[0][1].seeds} seeds and {rows[0][1].sites} sites", fontsize=10)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def figure(results: Sequence[Result], most_pairs: int = 15) -> Figure:
+    """Dice by method and site for each protocol; below, the paired differences of the personal one.
+
+    With more than `most_pairs` pairs, only those with the first method are drawn.
+    """
+    shown = [p for p in TITLES if any(p in r["scores"] for r in results)]
     pairs = differences(results)
-    panels = len(shown) + bool(pairs)
-    drawing = Figure(figsize=(4.1 * panels, 4.2), layout="constrained")
-    axes = drawing.subplots(1, panels, squeeze=False)[0]
-    for axis, protocol in zip(axes, shown, strict=False):
-        _points(axis, results, protocol, titles[protocol])
-    if pairs:
-        axis, rows = axes[-1], list(pairs.items())[::-1]
-        for y, (_, d) in enumerate(rows):
-            colour = "C2" if d.low > 0 else "C3" if d.high < 0 else "0.4"
-            axis.plot([d.low, d.high], [y, y], "-", color=colour, lw=2)
-            axis.plot(d.mean, y, "o", color=colour)
-        axis.axvline(0, color="black", lw=0.8)
-        labels = [f"{METHODS[a].title} − {METHODS[b].title}" for (a, b), _ in rows]
-        axis.set_yticks(range(len(rows)), labels, fontsize=8)
-        axis.set_xlabel("difference in personal Dice, 95 % interval")
-        axis.set_title(f"paired over {rows[0][1].seeds} seeds and {rows[0][1].sites} sites", fontsize=10)
-        axis.grid(axis="x", alpha=0.3)
-    first = results[0]["config"]
-    what = (
-        f"{first['data']}, {first['model']}, {first['rounds']} rounds × {first['steps']} steps, batch {first['batch']}"
+    if len(pairs) > most_pairs:
+        pairs = {pair: d for pair, d in pairs.items() if pair[1] == arms(results)[0]}
+    width = max(10.0, 1.6 + 0.62 * len(shown) * len(arms(results)))
+    below = 0.9 + 0.27 * len(pairs) if pairs else 0.0
+    drawing = Figure(figsize=(width, 3.9 + below), layout="constrained")
+    top, *rest = drawing.subfigures(2, 1, height_ratios=[3.9, below]) if pairs else [drawing]
+    axes = top.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axis, protocol in zip(axes, shown, strict=True):
+        _points(axis, results, protocol)
+    axes[0].set_ylabel("Dice on test images")
+    entries: dict[str, Artist] = {}
+    for axis in axes:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    axes[-1].legend(
+        entries.values(), entries.keys(), fontsize=8, title="site", loc="center left", bbox_to_anchor=(1, 0.5)
     )
-    drawing.suptitle(
-        f"{what}, seeds {', '.join(str(s) for s in sorted({r['config']['seed'] for r in results}))}", fontsize=11
-    )
+    for part in rest:
+        _intervals(part.subplots(), pairs)
+    first, seeds = results[0]["config"], sorted({r["config"]["seed"] for r in results})
+    budget = f"{first['rounds']} rounds × {first['steps']} steps, batch {first['batch']}"
+    what = f"{Path(first['data']).stem}, {first['model']}, {budget}"
+    top.suptitle(f"{what}, seeds {', '.join(map(str, seeds))}", fontsize=11)
     return drawing
 
 

@@ -1,0 +1,9 @@
+"""Live pictures: with a kernel they are traits to set from Python, in the rendered book they run in the page alone.
+
+Nothing in the library imports this package: anywidget and ipywidgets load when a chapter asks for a widget.
+"""
+
+from .base import PageWidget
+from .soft_threshold import SoftThreshold, proximal_path, soft_threshold
+
+__all__ = ["PageWidget", "SoftThreshold", "proximal_path", "soft_threshold"]

@@ -1,0 +1,156 @@
+"""The rendered book in a browser that can reach nobody: no request leaves, nothing fails, mathematics and widgets live.
+
+Build the book first (`python book/_tools/build.py`). Each page is opened over http from this machine and as a file.
+"""
+
+import functools
+import http.server
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HTML = Path(__file__).resolve().parents[2] / "build" / "_build" / "html"
+PAGES = sorted(
+    p.relative_to(HTML).as_posix()
+    for p in HTML.rglob("*.html")
+    if not {"_static", "_sources"} & {*p.parts} and p != HTML / "index.html"  # that one only leads on
+)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+]  # fmt: skip
+RENDERED = "[...document.querySelectorAll('.math')].every((e) => e.querySelector('mjx-container'))"
+
+playwright_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine"),
+    pytest.mark.skipif(not PAGES, reason="the book is not built: python book/_tools/build.py"),
+]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[str]:
+    handler = functools.partial(Quiet, directory=str(HTML))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with playwright_api.sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(
+            str(tmp_path_factory.mktemp("profile")), executable_path=CHROMIUM, headless=True, args=FLAGS
+        )
+        yield context
+        context.close()
+
+
+class Visit:
+    """A page with a record of what it asked for and what went wrong."""
+
+    def __init__(self, browser: Any, url: str, width: int = 1280, height: int = 900) -> None:
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.page = browser.new_page()
+        self.page.set_default_timeout(20_000)
+        self.page.set_viewport_size({"width": width, "height": height})
+        self.page.on("request", lambda r: self.requests.append(r.url))
+        self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.goto(url, wait_until="load")
+        if self.page.locator(".math").count():
+            self.page.wait_for_function(RENDERED)
+
+    def __enter__(self) -> "Visit":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.page.close()
+
+
+@pytest.fixture(params=["http", "file"])
+def base(request: pytest.FixtureRequest, served: str) -> str:
+    return served if request.param == "http" else HTML.as_uri()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_is_whole_without_network(browser: Any, base: str, name: str) -> None:
+    with Visit(browser, f"{base}/{name}") as visit:
+        outside = [url for url in visit.requests if not url.startswith((base, "data:", "blob:"))]
+        assert visit.requests and not outside
+        assert not visit.errors
+        math = visit.page.locator(".math").count()
+        assert visit.page.locator(".math mjx-container").count() >= math, "mathematics that was not rendered"
+        assert not visit.page.locator("mjx-merror, [data-mjx-error]").count(), "mathematics with an error"
+
+
+def test_the_index_leads_to_the_first_page(browser: Any, base: str) -> None:
+    page, requests = browser.new_page(), []
+    page.on("request", lambda r: requests.append(r.url))
+    page.goto(f"{base}/index.html", wait_until="commit")
+    page.wait_for_url("**/intro.html", timeout=20_000)
+    assert page.locator("article h1").count() == 1
+    assert all(url.startswith((base, "data:")) for url in requests)
+    page.close()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_page_fits_a_phone(browser: Any, name: str) -> None:
+    with Visit(browser, f"{HTML.as_uri()}/{name}", width=390, height=844) as visit:
+        assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+WIDGET_PAGES = [name for name in PAGES if 'class="fl-widget"' in (HTML / name).read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", WIDGET_PAGES)
+def test_keys_move_a_widget_s_picture_and_text(browser: Any, base: str, name: str) -> None:
+    with Visit(browser, f"{base}/{name}") as visit:
+        widgets = visit.page.locator(".fl-widget")
+        for i in range(widgets.count()):
+            widget = widgets.nth(i)
+            sliders = widget.locator("input[type=range]")
+            assert sliders.count() and widget.locator("svg[role=img][aria-label]").count()
+            for j in range(sliders.count()):
+
+                def seen(widget: Any = widget) -> tuple[str, str]:
+                    picture = "".join(
+                        widget.locator("svg").nth(k).inner_html() for k in range(widget.locator("svg").count())
+                    )
+                    return picture, widget.locator("[aria-live]").inner_text()
+
+                before = seen()
+                sliders.nth(j).focus()
+                for _ in range(6):
+                    visit.page.keyboard.press("ArrowRight")
+                after = seen()
+                assert before[0] != after[0] and before[1] != after[1], f"slider {j} of widget {i}"
+        assert not visit.errors
+
+
+@pytest.mark.parametrize("name", WIDGET_PAGES)
+def test_a_widget_follows_dark_mode(browser: Any, name: str) -> None:
+    with Visit(browser, f"{HTML.as_uri()}/{name}") as visit:
+        text = visit.page.locator(".fl-widget svg text").first
+        colours = []
+        for theme in ("light", "dark"):
+            visit.page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
+            visit.page.wait_for_timeout(700)  # the theme fades from one to the other
+            colours.append(text.evaluate("e => getComputedStyle(e).fill"))
+        assert colours[0] != colours[1]

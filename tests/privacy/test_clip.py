@@ -1,0 +1,61 @@
+"""sum_i g_i min(1, C / ||g_i||) against the plain loop (on networks: tests/adapters/test_grouped.py)."""
+
+import pytest
+import torch
+
+from fedlora_mini import state as S
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.privacy import clip_sum, norms
+
+
+def gradients(n=7):
+    g = torch.Generator().manual_seed(0)
+    size = torch.logspace(-2, 2, n)
+    shapes = {"a.A": (2, 3), "a.B": (4, 2), "head.d": (5,)}
+    return {
+        name: torch.randn(n, *shape, generator=g) * size.view(-1, *(1,) * len(shape)) for name, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize("C", [0.01, 1.0, 50.0, 1e6, float("inf")])
+def test_it_equals_the_loop(C):
+    g = gradients()
+    total = {name: torch.zeros(value.shape[1:], dtype=torch.float64) for name, value in g.items()}
+    for row in S.unstack(g):
+        total = S.add(total, row, min(1.0, C / S.norm(row)))
+    found = clip_sum(g, C)
+    assert S.norm(S.sub(found, total)) < 1e-6 * S.norm(total)
+
+
+def test_the_norm_is_flat_over_all_tensors():
+    g = gradients()
+    assert torch.allclose(norms(g), torch.tensor([S.norm(row) for row in S.unstack(g)]))
+
+
+def test_no_sample_moves_the_sum_by_more_than_C():
+    g, C = gradients(), 0.3
+    whole = clip_sum(g, C)
+    for i in range(7):
+        others = {name: torch.cat([value[:i], value[i + 1 :]]) for name, value in g.items()}
+        assert S.norm(S.sub(whole, clip_sum(others, C))) <= C * (1 + 1e-5)
+
+
+def test_a_zero_gradient_stays_zero():
+    assert S.finite(clip_sum({"a.A": torch.zeros(3, 2)}, 1.0))
+
+
+def test_an_empty_batch_sums_to_zero():
+    """Poisson sampling draws it now and then."""
+    assert torch.equal(clip_sum({"a.A": torch.zeros(0, 2, 3)}, 1.0)["a.A"], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("C", [0.0, -1.0, float("nan")])
+def test_the_norm_must_be_positive(C):
+    with pytest.raises(FedloraError, match="must be positive"):
+        clip_sum(gradients(), C)
+
+
+def test_a_gradient_that_is_not_finite_shows():
+    g = gradients()
+    g["a.A"][2] = float("inf")
+    assert not S.finite(clip_sum(g, 1.0))
