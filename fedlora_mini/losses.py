@@ -1,4 +1,4 @@
-"""L_seg = cross-entropy + (1 - Dice), one value per sample, so that clients and samples can be told apart afterwards."""
+"""L_seg = cross-entropy + (1 - Dice), a value per sample, so that samples and clients can be told apart."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The one loop: choose clients, send the news, train, screen, aggregate. Every method and every engine goes through it."""
+"""The one loop: choose clients, send the news, train, screen, aggregate. All methods and engines go through it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
