@@ -165,7 +165,8 @@ def figure(results: Sequence[Result], most_pairs: int = 15) -> Figure:
     width = max(10.0, 1.6 + 0.62 * len(shown) * len(arms(results)))
     below = 0.9 + 0.27 * len(pairs) if pairs else 0.0
     drawing = Figure(figsize=(width, 3.9 + below), layout="constrained")
-    top, *rest = np.ravel(drawing.subfigures(2, 1, height_ratios=[3.9, below])) if pairs else [drawing]
+    split: Any = drawing.subfigures(2, 1, height_ratios=[3.9, below]) if pairs else [drawing]
+    top, *rest = split
     axes = top.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axis, protocol in zip(axes, shown, strict=True):
         _points(axis, results, protocol)

@@ -96,7 +96,7 @@ def loss(y, target):
 
 def close(a, b, tolerance):
     """Relative error of a against b."""
-    return float((a - b).norm() / b.norm().clamp(min=1e-30)) < tolerance
+    return float((a - b).detach().norm() / b.detach().norm().clamp(min=1e-30)) < tolerance
 
 
 @every_layer

@@ -1,0 +1,128 @@
+"""Runs every benchmark and writes results.json and README.md: `.peers/bin/python benchmarks/run.py [--threads 1]`."""
+
+import argparse
+import ast
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+
+
+class Question(NamedTuple):
+    script: str
+    arm: str = ""  # the arm that has a target …
+    target: float = 0.0  # … the ratio that it should not exceed
+    note: str = ""
+
+
+QUESTIONS = (
+    Question("training", "ours", 1.0),
+    Question(
+        "inference", "merged", 1.0, "A merged layer does one Python test more than the base; `unload` removes it."
+    ),
+    Question(
+        "private",
+        "ours",
+        1.1,
+        "One gradient computation (no optimiser step), the clip included. Opacus cannot hook our factors, so its arm "
+        "is peft's LoRA; the second block of each network adapts only layers that all of them know. In SwinUNETR a "
+        "layer's batch is images x windows: the hooks return a row a window, so nothing there is clipped per image.",
+    ),
+    Question(
+        "clients",
+        note="Below 1 the grouped pass is faster. It saves the calls, not the arithmetic: with large batches on one "
+        "core the larger activations leave the cache and the loop wins.",
+    ),
+    Question("imports", note="The target is torch + 0.5 s, without MONAI."),
+)
+TOLERANCE = 0.03  # medians on a shared machine move by this much from run to run
+
+
+def machine(threads: int) -> dict[str, object]:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "monai", "peft", "opacus", "fedlora_mini")}
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def ask(question: Question, threads: int) -> dict[str, object]:
+    """One script in a process of its own; its rows are the last line that it prints."""
+    path = HERE / f"{question.script}.py"
+    command = [sys.executable, str(path)] + ([] if question.script == "imports" else ["--threads", str(threads)])
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    print(f"{question.script} …", flush=True)
+    out = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    title = ast.get_docstring(ast.parse(path.read_text())).splitlines()[0]
+    return {"question": title, "rows": json.loads(out.stdout.splitlines()[-1])}
+
+
+def verdict(question: Question, rows: list[dict]) -> str:
+    """The target and in how many settings it is met, the medians' own noise allowed for."""
+    if not question.target:
+        return question.note
+    own = [row for row in rows if row["arm"] == question.arm]
+    met = sum(row["ratio"] <= question.target + TOLERANCE for row in own)
+    text = (
+        f"Target: *{question.arm}* at most {question.target:.2f} x *{own[0]['reference']}*; met in {met} of {len(own)}"
+    )
+    return f"{text} (medians within {TOLERANCE:.2f} count). {question.note}".strip()
+
+
+def table(answers: dict[str, dict], facts: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `.peers/bin/python benchmarks/run.py` after `make peers`; do not edit. Each ratio is taken within "
+        "one round of an interleaved run (A B A B …) and is the median over rounds, with its range. "
+        "Milliseconds depend on the machine and its load, ratios much less.",
+        "",
+        f"{facts['date']}, {facts['cores']} cores ({facts['cpu']}), {facts['threads']} thread(s), "
+        f"Python {facts['python']}, {versions}.",
+    ]
+    for question in QUESTIONS:
+        answer = answers[question.script]
+        lines += ["", f"## {answer['question']}", "", verdict(question, answer["rows"]), ""]
+        lines += ["| setting | arm | ms | ratio | range |", "|---|---|---:|---:|---|"]
+        for row in answer["rows"]:
+            low, high = row["range"]
+            ratio = "1" if row["arm"] == row["reference"] else f"**{row['ratio']:.2f}**"
+            spread = "" if row["arm"] == row["reference"] else f"{low:.2f} to {high:.2f}"
+            lines.append(f"| {row['setting']} | {row['arm']} | {row['ms']:.1f} | {ratio} | {spread} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[q.script for q in QUESTIONS], help="scripts to measure again")
+    options = parser.parse_args()
+    results = HERE / "results.json"
+    answers = json.loads(results.read_text())["answers"] if results.exists() else {}
+    facts = machine(options.threads)
+    for question in QUESTIONS:
+        if question.script in options.only or question.script not in answers:
+            answers[question.script] = ask(question, options.threads)
+    results.write_text(json.dumps({"machine": facts, "answers": answers}, indent=1) + "\n")
+    (HERE / "README.md").write_text(table(answers, facts))
+    print(f"wrote {results.name} and README.md")
+
+
+if __name__ == "__main__":
+    main()
