@@ -16,12 +16,14 @@ from fedlora_mini.federation.sampling import batch_indices, flips, generator
 from fedlora_mini.state import State
 
 EXECUTIONS = ("auto", "sequential", "grouped")
+SMALL = 4
 
 
 class LocalEngine:
     """`model` is prepared for the method's adapter; `data[k]` is client k's training split.
 
-    execution: "sequential", "grouped" (equal to it up to rounding), or "auto" = grouped wherever it can be.
+    execution: "sequential", "grouped" (equal to it up to rounding), or "auto" = grouped where it can be and pays: on an
+    accelerator, and on a CPU up to batches of SMALL, beyond which the loop is faster (benchmarks/README.md).
     """
 
     def __init__(
@@ -49,7 +51,8 @@ class LocalEngine:
             raise FedloraError(
                 f"'{method.title}' trains a model's own weights, which have no group axis: use execution 'sequential'"
             )
-        self.grouped = can if execution == "auto" else execution == "grouped"
+        pays = self.device.type != "cpu" or budget.batch <= SMALL
+        self.grouped = can and pays if execution == "auto" else execution == "grouped"
 
     def private(self, name: str) -> bool:
         """Whether a tensor never leaves its client."""
