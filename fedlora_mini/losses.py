@@ -7,13 +7,18 @@ from torch import Tensor
 from fedlora_mini.data.base import IGNORE
 
 
+def _full(logits: Tensor) -> Tensor:
+    """At least single precision: sums over an image are too long for half."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
 def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:
     """1 - mean over foreground classes c of (2 sum_x p_c t_c + s) / (sum_x p_c + sum_x t_c + s).
 
     logits (N, C, *S), target (N, *S) of integers; voxels with IGNORE count nowhere. Returns (N,).
     """
     valid = (target != IGNORE).unsqueeze(1)  # (N, 1, *S)
-    probability = logits.float().softmax(1) * valid
+    probability = _full(logits).softmax(1) * valid
     truth = torch.zeros_like(probability).scatter_(1, (target.long() * valid[:, 0]).unsqueeze(1), 1.0) * valid
     axes = tuple(range(2, logits.dim()))
     overlap = (probability * truth).sum(axes)[:, 1:]  # (N, C-1)
@@ -23,6 +28,6 @@ def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tens
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy + soft Dice with equal weight, per sample: (N,)."""
-    entropy = F.cross_entropy(logits.float(), target.long(), ignore_index=IGNORE, reduction="none").flatten(1)
+    entropy = F.cross_entropy(_full(logits), target.long(), ignore_index=IGNORE, reduction="none").flatten(1)
     counted = (target != IGNORE).flatten(1).sum(1).clamp(min=1)
     return entropy.sum(1) / counted + soft_dice_loss(logits, target)

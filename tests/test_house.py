@@ -82,3 +82,17 @@ def test_every_public_function_says_what_it_does():
             if long and not node.name.startswith("_") and not ast.get_docstring(node):
                 missing.append(f"{path}:{node.lineno} {node.name}")
     assert not missing
+
+
+def test_every_reference_of_a_table_is_in_the_bibliography():
+    import re
+
+    from fedlora_mini.adapters import ADAPTERS
+    from fedlora_mini.experiments.claims import CLAIMS
+    from fedlora_mini.federation import METHODS
+
+    bibliography = (PACKAGE.parent / "book/references.bib").read_text(encoding="utf-8")
+    known = set(re.findall(r"^@\w+\{([^,]+),", bibliography, re.M))
+    cited = {row.reference for table in (METHODS, ADAPTERS) for row in table.values()}
+    cited |= {claim.source for claim in CLAIMS.values()}
+    assert cited - {""} <= known

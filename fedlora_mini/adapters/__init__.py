@@ -16,6 +16,8 @@ from fedlora_mini.adapters.base import (
     unmerge,
 )
 from fedlora_mini.adapters.dense import Dense
+from fedlora_mini.adapters.grouped import expand, per_sample_gradients
+from fedlora_mini.adapters.io import load, save
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.adapters.registry import ADAPTERS, prepare
 
@@ -27,13 +29,17 @@ __all__ = [
     "LoRA",
     "adapters",
     "call",
+    "expand",
     "freeze",
     "inject",
     "keys",
+    "load",
     "load_state",
     "merge",
+    "per_sample_gradients",
     "prepare",
     "region",
+    "save",
     "trainable",
     "unload",
     "unmerge",

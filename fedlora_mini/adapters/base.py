@@ -217,7 +217,7 @@ def load_state(model: nn.Module, state: State) -> None:
 
 
 def call(model: nn.Module, state: State, x: Tensor) -> Tensor:
-    """model(x) with the tensors of `state` in place of its own; group axes allowed."""
+    """model(x) with the tensors of `state` in place of its own; group axes allowed. Not for a merged model."""
     return functional_call(model, state, (x,))
 
 

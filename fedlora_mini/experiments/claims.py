@@ -87,7 +87,7 @@ CLAIMS: dict[str, Claim] = {
         "fedsa",
         "nuclei_domains.jsonl",
         +1,
-        source="iat2026",
+        source="zhao2026iat",
         not_matched="bytes sent, and the head: IAT shares it, FedSA does not",
     ),
     "lora-equals-full": Claim(

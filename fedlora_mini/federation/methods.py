@@ -32,17 +32,17 @@ METHODS: dict[str, Method] = {
     "local": Method("local only", "lora", nothing),
     "pooled": Method("pooled data", "lora", everything, pooled=True),
     # full weights
-    "fedavg": Method("FedAvg", "full", everything, reference="mcmahan2017"),
+    "fedavg": Method("FedAvg", "full", everything, reference="mcmahan2017fedavg"),
     "fedbn": Method("FedBN", "full", all_but_norms, reference="li2021fedbn"),
     # low-rank, one model for all
     "fedit": Method("FedIT", "lora", everything, reference="zhang2024fedit"),
     "fedprox": Method("FedIT + FedProx", "lora", everything, objective=(Anchor(0.01),), reference="li2020fedprox"),
-    "ffa": Method("FFA-LoRA", "lora", everything, only("B"), reference="sun2024ffa"),
+    "ffa": Method("FFA-LoRA", "lora", everything, only("B"), reference="sun2024ffalora"),
     "rolora": Method("RoLoRA", "lora", everything, by_round("B", "A"), reference="chen2024rolora"),
     # low-rank, personal: which factor stays at the site
     "fedsa": Method("FedSA-LoRA", "lora", factors("A", "A", head=False), reference="guo2025fedsa"),
     "inverse_fedsa": Method("inverse FedSA", "lora", factors("B", "B", head=False)),
-    "iat": Method("IAT sharing", "lora", factors("B", "A", head=True), reference="iat2026"),
+    "iat": Method("IAT sharing", "lora", factors("B", "A", head=True), reference="zhao2026iat"),
     "anti_iat": Method("anti-IAT (control)", "lora", factors("A", "B", head=True)),
 }
 

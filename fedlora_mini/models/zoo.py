@@ -24,23 +24,25 @@ class Entry:
 
 
 def _monai(network: str, dims: int, **defaults: Any) -> Callable[..., nn.Module]:
-    """A builder for a MONAI network, imported when it is called."""
+    """A builder for a MONAI network, imported when it is called. `features` is what MONAI's UNets call channels."""
 
     def build(classes: int, channels: int, **options: Any) -> nn.Module:
         from monai.networks import nets
 
         options = defaults | options
+        if "features" in options:
+            options["channels"] = options.pop("features")
         return getattr(nets, network)(spatial_dims=dims, in_channels=channels, out_channels=classes, **options)
 
     return build
 
 
 def _unet(dims: int) -> Callable[..., nn.Module]:
-    return _monai("UNet", dims, channels=(16, 32, 64), strides=(2, 2), num_res_units=2)
+    return _monai("UNet", dims, features=(16, 32, 64), strides=(2, 2), num_res_units=2)
 
 
 def _attention_unet(dims: int) -> Callable[..., nn.Module]:
-    return _monai("AttentionUnet", dims, channels=(16, 32, 64), strides=(2, 2))
+    return _monai("AttentionUnet", dims, features=(16, 32, 64), strides=(2, 2))
 
 
 def _unetr(dims: int) -> Callable[..., nn.Module]:
