@@ -100,6 +100,20 @@ def test_page_is_whole_without_network(browser: Any, base: str, name: str) -> No
         assert not visit.page.locator("mjx-merror, [data-mjx-error]").count(), "mathematics with an error"
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_no_markup_shows_through(browser: Any, name: str) -> None:
+    """Dollars, braces and fences in running text are markup that the build did not understand."""
+    with Visit(browser, f"{HTML.as_uri()}/{name}") as visit:
+        text = visit.page.evaluate(
+            """() => {
+              const copy = (document.querySelector("article") || document.body).cloneNode(true);
+              copy.querySelectorAll("pre, code, mjx-container, script, style, svg").forEach((e) => e.remove());
+              return copy.textContent;
+            }"""
+        )
+        assert not [mark for mark in ("$", "{eq}", "{ref}", "{numref}", "{cite", "{prf:", ":::", "```") if mark in text]
+
+
 def test_the_index_leads_to_the_first_page(browser: Any, base: str) -> None:
     page, requests = browser.new_page(), []
     page.on("request", lambda r: requests.append(r.url))
