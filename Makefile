@@ -26,8 +26,9 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps -e .
 	touch $(READY)
 
-results: $(READY) ## run the main job on the embedded data (simulated, a few minutes) into runs/main
-	$(BIN)/fedlora compare local fedit fedsa iat --data phantom --seeds 0-2 --rounds 8 --out runs/main
+results: $(READY) ## run the main job on the embedded data (simulated, two minutes) into runs/main
+	$(BIN)/fedlora compare local fedit fedsa iat --data phantom --size 48 --rounds 8 --steps 8 --batch 4 --seeds 0-2 \
+	  --option per_site=24 --option test=32 --eval-every 4 --out runs/main
 
 html: $(READY) ## execute the chapters and build the HTML
 	$(BIN)/python book/_tools/build.py
@@ -81,7 +82,7 @@ LITE := --data phantom --size 48 --rounds 8 --steps 8 --batch 4 --threads 1 --se
 evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	$(BIN)/fedlora compare local pooled fedavg fedit ffa rolora fedsa iat $(LITE) \
 	  --option appearance=1 --option supervision=0 --out runs/phantom_appearance
-	$(BIN)/fedlora compare local pooled fedavg fedit ffa rolora fedsa iat $(LITE) \
+	$(BIN)/fedlora compare local fedit fedsa iat $(LITE) \
 	  --option appearance=0 --option supervision=1 --out runs/phantom_supervision
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora compare local fedit fedsa iat --data nuclei --threads 1 --seeds 0-5 --search-lr 2e-3,5e-3,1e-2 \
