@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PEERS  := .peers/.ready
+JOBS   ?= 2
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
@@ -37,15 +38,15 @@ book: results html ## set up, run the main job, execute the chapters, build the 
 
 test: $(READY) ## every test: unit, notebooks, and the browser's where Chromium is found
 	$(MAKE) lint
-	$(BIN)/python -m pytest tests --ignore tests/book/test_browser.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/book/test_browser.py -n $(JOBS)
 	$(MAKE) nbval
 	$(MAKE) html browser
 
 quick: $(READY) ## the tests to run all day (under 3 minutes)
-	$(BIN)/python -m pytest tests -m "not slow and not browser and not peers" -x
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow and not browser and not peers" -n $(JOBS) -x
 
 nbval: $(READY) ## run the notebooks and check their tagged outputs
-	$(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval.cfg book/notebooks -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-sanitize-with tests/nbval.cfg book/notebooks -p no:cacheprovider
 
 browser: $(READY) ## open the built pages in Chromium with every other host blocked
 	$(BIN)/python -m pytest tests/book/test_browser.py -rs

@@ -91,7 +91,7 @@ CLAIMS: dict[str, Claim] = {
         not_matched="bytes sent, and the head: IAT shares it, FedSA does not",
     ),
     "lora-equals-full": Claim(
-        "FedAvg of all weights is no better than FedIT, which trains a tenth of them.",
+        "FedAvg of all weights and FedIT, which trains a tenth of them, score the same on a site's own data.",
         "fedavg",
         "fedit",
         "phantom_appearance.jsonl",
