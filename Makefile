@@ -78,7 +78,7 @@ main-job: $(READY) ## the README's real result: four methods on four real nuclei
 	$(BIN)/fedlora compare local fedit fedsa iat --data nuclei --seeds 0-2 --out runs/nuclei
 
 # What stands in results/: every arm searches the same learning rates on validation data of a seed that is not reported.
-LITE := --data phantom --size 48 --rounds 8 --steps 8 --batch 4 --threads 1 --seeds 0-7 --search-lr 1e-3,3e-3,1e-2 \
+LITE := --data phantom --size 48 --rounds 8 --steps 8 --batch 4 --threads 1 --seeds 0-7 --search-lr 1e-3,3e-3,1e-2,3e-2 \
         --option per_site=24 --option test=32 --eval-every 0
 evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	$(BIN)/fedlora compare local pooled fedavg fedit ffa rolora fedsa iat $(LITE) \
@@ -86,7 +86,7 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	$(BIN)/fedlora compare local fedit fedsa iat $(LITE) \
 	  --option appearance=0 --option supervision=1 --out runs/phantom_supervision
 	$(BIN)/fedlora data fetch nuclei
-	$(BIN)/fedlora compare local fedit fedsa iat --data nuclei --threads 1 --seeds 0-5 --search-lr 2e-3,5e-3,1e-2 \
+	$(BIN)/fedlora compare local fedit fedsa iat --data nuclei --threads 1 --seeds 0-5 --search-lr 2e-3,5e-3,1e-2,2e-2 \
 	  --option per_site=250 --option val=60 --eval-every 0 --out runs/nuclei_domains
 	for name in phantom_appearance phantom_supervision nuclei_domains; do \
 	  cp runs/$$name/results.jsonl results/$$name.jsonl; done
