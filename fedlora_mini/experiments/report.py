@@ -119,7 +119,7 @@ TITLES = {
 
 
 def _points(axis: Axes, results: Sequence[Result], protocol: str) -> None:
-    """One marker a site (mean over seeds), a black bar with its number for the mean over sites."""
+    """One marker a site (mean over seeds), a black bar for the mean over sites, its number at the top."""
     names = arms(results)
     places = np.arange(len(names))
     sites = list(next(r for r in results if protocol in r["scores"])["scores"][protocol])
@@ -131,9 +131,9 @@ def _points(axis: Axes, results: Sequence[Result], protocol: str) -> None:
     means = [table_of(results, name, protocol).mean() for name in names]
     axis.hlines(means, places - 0.36, places + 0.36, colors="black", lw=1.5, zorder=1)
     for x, y in enumerate(means):
-        axis.annotate(f"{y:.3f}", (x + 0.4, y), ha="left", va="center", fontsize=8)
+        axis.annotate(f"{y:.3f}", (x, 0.98), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8)
     axis.set_xticks(places, [METHODS[name].title for name in names], rotation=20, ha="right")
-    axis.set_xlim(-0.6, len(names) - 0.1)
+    axis.set_xlim(-0.6, len(names) - 0.4)
     axis.set_title(TITLES[protocol], fontsize=10)
     axis.grid(axis="y", alpha=0.3)
 
@@ -171,6 +171,8 @@ def figure(results: Sequence[Result], most_pairs: int = 15) -> Figure:
     for axis, protocol in zip(axes, shown, strict=True):
         _points(axis, results, protocol)
     axes[0].set_ylabel("Dice on test images")
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(low, high + 0.08 * (high - low))  # room for the numbers
     entries: dict[str, Artist] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
