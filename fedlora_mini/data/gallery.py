@@ -15,17 +15,13 @@ COLOURS = ("#e69f00", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#f0e442", "#0
 
 def gallery(dataset: Dataset, per_site: int = 4) -> "Figure":
     """`per_site` training images of every site, those with foreground first, and a legend of the classes."""
-    import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
 
+    from fedlora_mini.picture import Picture
+
     sites = [*dataset.sites, *dataset.unseen]
-    figure, axes = plt.subplots(
-        len(sites),
-        per_site,
-        figsize=(1.7 * per_site + 1.9, 1.75 * len(sites) + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Picture(figsize=(1.7 * per_site + 1.9, 1.75 * len(sites) + 0.6), layout="constrained")
+    axes = figure.subplots(len(sites), per_site, squeeze=False)
     for row, site in zip(axes, sites, strict=True):
         chosen = _choose(site, per_site)
         for column, axis in enumerate(row):
@@ -39,7 +35,6 @@ def gallery(dataset: Dataset, per_site: int = 4) -> "Figure":
     handles = [Line2D([], [], color=_colour(c), lw=2, label=name) for c, name in enumerate(dataset.classes) if c > 0]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=9)
     figure.suptitle(f"{dataset.name}: images in train/validation/test", fontsize=10)
-    plt.close(figure)  # a notebook shows the returned figure once
     return figure
 
 

@@ -155,13 +155,13 @@ def _difference(claim: Claim) -> Difference | None:
 
 
 def judge(claim: Claim, d: Difference, p: float) -> str:
-    """An effect counts if its corrected p is below 0.05; its absence counts if the interval fits within the margin."""
+    """No effect if the interval fits within the margin; else an effect if its corrected p is below 0.05."""
     none = -claim.margin < d.low and d.high < claim.margin
-    if claim.sign == 0:
-        return "supported" if none else "contradicted" if p < LEVEL and abs(d.mean) > claim.margin else "inconclusive"
-    if p < LEVEL:
-        return "supported" if d.mean * claim.sign > 0 else "contradicted"
-    return "not supported" if none else "inconclusive"
+    if none:
+        return "supported" if claim.sign == 0 else "not supported"
+    if p >= LEVEL:
+        return "inconclusive"
+    return "supported" if d.mean * claim.sign > 0 else "contradicted"
 
 
 def verdicts(claims: dict[str, Claim] | None = None) -> dict[str, Verdict]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.stats import Difference, holm, paired_difference
 from fedlora_mini.federation import METHODS
+from fedlora_mini.picture import Picture
 
 Result = dict[str, Any]
 
@@ -164,7 +165,7 @@ def figure(results: Sequence[Result], most_pairs: int = 15) -> Figure:
         pairs = {pair: d for pair, d in pairs.items() if pair[1] == arms(results)[0]}
     width = max(10.0, 1.6 + 0.62 * len(shown) * len(arms(results)))
     below = 0.9 + 0.27 * len(pairs) if pairs else 0.0
-    drawing = Figure(figsize=(width, 3.9 + below), layout="constrained")
+    drawing = Picture(figsize=(width, 3.9 + below), layout="constrained")
     split: Any = drawing.subfigures(2, 1, height_ratios=[3.9, below]) if pairs else [drawing]
     top, *rest = split
     axes = top.subplots(1, len(shown), sharey=True, squeeze=False)[0]
