@@ -38,7 +38,7 @@ book: results html ## set up, run the main job, execute the chapters, build the 
 
 test: $(READY) ## every test: unit, notebooks, and the browser's where Chromium is found
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/book/test_browser.py -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/book/test_browser.py -rs -n $(JOBS)
 	$(MAKE) nbval
 	$(MAKE) html browser
 
