@@ -1,4 +1,4 @@
-"""A small SAM: a ViT image encoder, a convolutional mask decoder, a 1x1 head. 2D, about 170 k parameters.
+"""A small SAM: a ViT image encoder, a convolutional mask decoder, a 1x1 head. 2D, about 150 k parameters.
 
 Its three parts are its regions: sharing rules speak of `encoder`, `decoder` and `head`.
 """
