@@ -221,7 +221,7 @@ def _add_run_settings(parser: argparse.ArgumentParser) -> None:
     add("--no-augment", action="store_true", help="no mirrored images")
     add("--fraction", type=float, help="share of the clients in a round [1]")
     add("--execution", help="auto, sequential, or grouped: all clients in one pass [auto: where it pays]")
-    add("--device", help="auto, cpu, cuda or mps [auto]")
+    add("--device", help="auto, cpu or cuda [auto]")
     add("--precision", help="auto, float32 or bf16 [auto: bf16 on CUDA]")
     add("--threads", type=int, help="CPU threads [torch's choice]")
     add("--eval-every", type=int, default=2, metavar="N", help="validation Dice every N rounds, 0 = never [2]")

@@ -10,7 +10,7 @@ from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.client import Budget
 from fedlora_mini.federation.methods import method
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda")  # no mps: means and digests are taken in float64, which it lacks
 PRECISIONS = ("auto", "float32", "bf16")
 
 

@@ -33,10 +33,7 @@ def pick_device(name: str) -> torch.device:
     """ "auto" = CUDA if there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    missing = (name == "cuda" and not torch.cuda.is_available()) or (
-        name == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
+    if name == "cuda" and not torch.cuda.is_available():
         raise FedloraError(f"device '{name}' was asked for, but this machine has none; accepted here: auto, cpu")
     return torch.device(name)
 
