@@ -45,8 +45,9 @@ test: $(READY) ## every test: unit, notebooks, and the browser's where Chromium 
 quick: $(READY) ## the tests to run all day (under 3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow and not browser and not peers" -n $(JOBS) -x
 
+# One after the other: kernels that start at the same moment can choose the same ports and then never answer.
 nbval: $(READY) ## run the notebooks and check their tagged outputs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval-lax --nbval-sanitize-with tests/nbval.cfg book/notebooks -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval.cfg book/notebooks -p no:cacheprovider
 
 browser: $(READY) ## open the built pages in Chromium with every other host blocked
 	$(BIN)/python -m pytest tests/book/test_browser.py -rs
