@@ -60,6 +60,7 @@ def _progress(title: str, rounds: int) -> Callable[[dict[str, Any]], None]:
     shown: dict[str, str] = {}
 
     def step(record: dict[str, Any]) -> None:
+        """Show one finished round."""
         if not bars:
             bars.append(tqdm(total=rounds, desc=title, unit="round", dynamic_ncols=True, disable=None))
         bar = bars[0]

@@ -75,10 +75,6 @@ def clone(state: Mapping[str, Tensor]) -> State:
     return {name: value.detach().clone() for name, value in state.items()}
 
 
-def to(state: Mapping[str, Tensor], device: torch.device | str) -> State:
-    return {name: value.to(device) for name, value in state.items()}
-
-
 def stack(states: Sequence[Mapping[str, Tensor]]) -> State:
     """K states -> one with a leading group axis: (…) -> (K, …)."""
     return {name: torch.stack([state[name] for state in states]) for name in same_names(states)}

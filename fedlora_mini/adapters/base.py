@@ -1,6 +1,5 @@
 """W = W_0 + ΔW: an adapter wraps a layer, freezes it and trains the few numbers that make ΔW."""
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedlora_mini.adapters.ops import LAYERS, matrix_shape
+from fedlora_mini.chance import seeded
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.state import State
 
@@ -96,8 +96,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 
 def path_generator(seed: int, path: str) -> torch.Generator:
     """A generator for one layer: the same (seed, path) starts with the same factors whatever else is adapted."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return seeded(f"{seed}:{path}")
 
 
 def inject(model: nn.Module, make: Make, where: Where = everywhere, seed: int = 0) -> nn.Module:

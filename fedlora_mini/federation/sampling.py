@@ -1,18 +1,17 @@
 """Who takes part, and which images a client sees. Every generator is seeded by (seed, round, client, purpose)."""
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fedlora_mini.chance import seeded
 from fedlora_mini.errors import FedloraError
 
 
 def generator(*key: object) -> torch.Generator:
     """A generator that depends on the key alone: generator(seed, round, client, "batches")."""
-    digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return seeded("|".join(map(str, key)))
 
 
 def participants(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:

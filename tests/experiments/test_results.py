@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.report import arms, read_results, table_of
+from fedlora_mini.experiments.report import arms, difference_table, markdown, read_results, summary, table_of
 from fedlora_mini.experiments.run import run
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -15,6 +15,12 @@ FILES = sorted(RESULTS.glob("*.jsonl"))
 
 def test_there_is_evidence():
     assert {"nuclei_main", "nuclei_domains", "phantom_appearance", "phantom_supervision"} <= {f.stem for f in FILES}
+
+
+def test_the_readme_shows_what_is_stored():
+    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    results = read_results([RESULTS / "nuclei_main.jsonl"])
+    assert markdown(summary(results)) in readme and markdown(difference_table(results)) in readme
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
