@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters import ADAPTERS, adapters, call, load_state, merge, prepare, trainable, unmerge
+from fedlora_mini.adapters import ADAPTERS, Dense, adapters, call, load_state, merge, prepare, trainable, unmerge
 from fedlora_mini.adapters.base import freeze, region
 from fedlora_mini.adapters.grouped import per_sample_gradients
 from fedlora_mini.adapters.io import load, save
@@ -41,6 +41,19 @@ def batch(n=4, side=32):
     return x + 0.5 * y[:, None], y
 
 
+def prepared(network, name, seed=0):
+    """The network with the row's adapters; a row that has no place in it must say so, and is then done with."""
+    model = network()
+    try:
+        return prepare(model, name, seed)
+    except FedloraError as error:
+        assert "has no place" in str(error) and name in HOMELESS.get(type(model).__name__, ())
+        pytest.skip(f"{type(model).__name__} {error}")
+
+
+HOMELESS = {"UNet": ("prompt",), "AttentionUnet": ("prompt",)}  # rows that a network has no place for
+
+
 def fit(model, steps=8, lr=1e-2):
     x, y = batch()
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -59,7 +72,7 @@ def frozen(model):
 
 
 def test_it_trains_and_the_base_stays_as_it_was(network, name):
-    model = prepare(network(), name)
+    model = prepared(network, name)
     before = frozen(model)
     losses = fit(model)
     assert losses[-1] < losses[0]
@@ -70,7 +83,7 @@ def test_it_trains_and_the_base_stays_as_it_was(network, name):
 
 def test_what_is_trained(network, name):
     """The trained tensors are exactly the adapters' factors, and the model's own where the row says so."""
-    model, recipe = prepare(network(), name), ADAPTERS[name]
+    model, recipe = prepared(network, name), ADAPTERS[name]
     wrapped = dict(adapters(model))
     for path, adapter in wrapped.items():
         own = {n.partition(".")[0] for n, p in adapter.named_parameters() if p.requires_grad}
@@ -81,7 +94,10 @@ def test_what_is_trained(network, name):
     layers = {p: m for p, m in plain.named_modules() if isinstance(m, LAYERS)}
     heads = {p for p in layers if region(plain, p) == "head"}
     if recipe.own is None:
-        assert set(wrapped) == (set(layers) if recipe.wrap else heads)
+        assert heads <= set(wrapped)
+        assert all(type(wrapped[path]) is Dense for path in heads)
+        for path in set(wrapped) - heads:
+            assert type(wrapped[path]) in {place.wrap for place in recipe.place}
 
 
 def test_lora_count(network):
@@ -97,7 +113,7 @@ def test_lora_count(network):
 
 def test_every_trained_tensor_gets_a_gradient(network, name):
     """Not one of them is beside the network: after a step away from the start no gradient is zero."""
-    model = prepare(network(), name)
+    model = prepared(network, name)
     fit(model, 2)
     model.zero_grad()
     x, y = batch()
@@ -108,18 +124,19 @@ def test_every_trained_tensor_gets_a_gradient(network, name):
 
 
 def test_merging(network, name):
-    model = prepare(network(), name)
+    model = prepared(network, name)
     fit(model, 3)
     model.eval()
     x, _ = batch()
     weights, expected = S.clone(model.state_dict()), model(x)
     assert torch.allclose(merge(model)(x), expected, atol=1e-4)
+    assert all(adapter.merged == adapter.merges for _, adapter in adapters(model))
     unmerge(model)
     assert all(torch.equal(value, weights[n]) for n, value in model.state_dict().items())
 
 
 def test_state_round_trip(network, name):
-    model, other = prepare(network(), name), prepare(network(), name, seed=1)
+    model, other = prepared(network, name), prepared(network, name, seed=1)
     fit(model, 2)
     load_state(other, trainable(model))
     assert S.digest(trainable(other)) == S.digest(trainable(model))
@@ -133,7 +150,7 @@ def test_state_round_trip(network, name):
 
 
 def test_save_and_load(network, name, tmp_path):
-    model = prepare(network(), name)
+    model = prepared(network, name)
     fit(model, 2)
     x, _ = batch()
     save(model, tmp_path)
@@ -141,14 +158,15 @@ def test_save_and_load(network, name, tmp_path):
     assert S.digest(trainable(loaded)) == S.digest(trainable(model))
     assert loaded.recipe == name
     assert torch.equal(loaded.eval()(x), model.eval()(x))
-    again = load(prepare(network(), name, seed=1), tmp_path)  # into a model that is adapted already
+    again = load(prepared(network, name, seed=1), tmp_path)  # into a model that is adapted already
     assert torch.equal(again.eval()(x), model(x))
 
 
 def test_per_sample_gradients_or_a_clear_refusal(network, name):
-    model, (x, y) = prepare(network(), name), batch(3)
+    """In double precision: in single, two ways to sum a convolution differ by more than an error would."""
+    model, (x, y) = prepared(network, name), batch(3)
     fit(model, 2)
-    state = trainable(model)
+    model, x, state = model.double(), x.double(), trainable(model.double())
     if not ADAPTERS[name].grouped:
         with pytest.raises(FedloraError, match="cannot carry a group axis"):
             per_sample_gradients(model, state, segmentation_loss, x, y)
@@ -159,21 +177,42 @@ def test_per_sample_gradients_or_a_clear_refusal(network, name):
         alone = segmentation_loss(call(model, leaves, x[i : i + 1]), y[i : i + 1]).sum()
         expected = dict(zip(leaves, torch.autograd.grad(alone, list(leaves.values())), strict=True))
         row = {n: g[i] for n, g in found.items()}
-        assert S.norm(S.sub(row, expected)) < 1e-5 * S.norm(expected)
+        assert S.norm(S.sub(row, expected)) < 1e-9 * S.norm(expected)
 
 
 def test_the_same_seed_gives_the_same_start(network, name):
-    first, second = (S.digest(trainable(prepare(network(), name, seed=5))) for _ in range(2))
+    first, second = (S.digest(trainable(prepared(network, name, seed=5))) for _ in range(2))
     assert first == second
 
 
 def test_nothing_moves_at_the_start(network, name):
-    """Before the first step the adapted network is the base."""
+    """Before the first step the adapted network is the base: to the bit, except for the few that say otherwise."""
     x, _ = batch()
-    assert torch.equal(prepare(network(), name).eval()(x), freeze(network())(x))
+    model = prepared(network, name).eval()
+    expected = freeze(network())(x)
+    if all(adapter.starts_at_base for _, adapter in adapters(model)):
+        assert torch.equal(model(x), expected)
+    else:
+        assert not torch.equal(model(x), expected)
+        assert torch.allclose(model(x), expected, atol=0.2)
+
+
+def test_options_are_taken_and_unknown_ones_are_refused(network, name):
+    for option in ADAPTERS[name].options & {"rank", "alpha"}:
+        model = prepare(network(), name, **{option: 2})
+        assert any(adapter.config().get(option) == 2 for _, adapter in adapters(model))
+    with pytest.raises(FedloraError, match=f"unknown option of adapter '{name}' 'rnak'"):
+        prepare(network(), name, rnak=3)
+
+
+def test_dtype_is_kept(network, name):
+    model = prepared(lambda: network().double(), name)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    x, _ = batch()
+    assert model.eval()(x.double()).dtype == torch.float64
 
 
 def test_rows_say_what_they_are(name):
     recipe = ADAPTERS[name]
     assert isinstance(recipe, Recipe) and recipe.summary
-    assert recipe.wrap is None or recipe.wrap.factors
+    assert all(place.wrap.factors for place in recipe.place)

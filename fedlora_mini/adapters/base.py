@@ -38,12 +38,19 @@ class Adapter(nn.Module):
 
     factors: tuple[str, ...] = ()
     linear = False  # whether ΔW is linear in the factors: then the mean of the factors gives the mean of the ΔW
+    merges = True  # whether it can be folded into the base; a path that is not linear in x cannot
+    starts_at_base = True  # whether the layer is the frozen one, to the bit, before the first step
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        matrix_shape(base)  # raises for a layer that has no matrix form
+        self.check(base)
         self.base: Any = base.requires_grad_(False)
-        self._kept: Tensor | None = None  # W_0 while merged
+        self._kept: State = {}  # what stood in the base, while merged
+
+    @classmethod
+    def check(cls, base: nn.Module) -> None:
+        """Raise unless the adapter is defined for this layer: by default, for every layer that has a matrix form."""
+        matrix_shape(base)
 
     def delta(self) -> Tensor:
         """ΔW in `base.weight`'s shape (with the group axis in front, if the factors have one)."""
@@ -57,25 +64,44 @@ class Adapter(nn.Module):
         """The arguments that rebuild it on the same layer."""
         raise NotImplementedError
 
+    def attach(self, model: nn.Module, path: str) -> None:
+        """Called once it stands in `model` at `path`: for an adapter that listens to another layer."""
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """What the layer gives while it is not merged."""
+        return self.base(x) + self.path(x)
+
+    def folded(self) -> State:
+        """The base's tensors with the adapter in them, by name."""
+        return {"weight": self.base.weight + self.delta().to(self.base.weight.dtype)}
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) if self.merged else self.base(x) + self.path(x)
+        return self.base(x) if self.merged else self.adapted(x)
 
     @property
     def merged(self) -> bool:
-        return self._kept is not None
+        return bool(self._kept)
 
     @torch.no_grad()
     def merge(self) -> None:
         """W_0 <- W_0 + ΔW in place. The old W_0 is kept, so that `unmerge` is exact to the bit."""
+        if not self.merges:
+            raise FedloraError(f"{type(self).__name__} cannot be merged: it is no change of the layer's weights")
         if not self.merged:
-            self._kept = self.base.weight.detach().clone()
-            self.base.weight += self.delta().to(self.base.weight.dtype)
+            new = self.folded()
+            self._kept = {name: getattr(self.base, name).detach().clone() for name in new}
+            for name, value in new.items():
+                getattr(self.base, name).copy_(value)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        if self._kept is not None:
-            self.base.weight.copy_(self._kept)
-            self._kept = None
+        for name, value in self._kept.items():
+            getattr(self.base, name).copy_(value)
+        self._kept = {}
+
+    def frozen(self, name: str = "weight") -> Tensor:
+        """The base's own tensor, also while merged."""
+        return self._kept.get(name, getattr(self.base, name))
 
 
 Make = Callable[[nn.Module, torch.Generator], Adapter]
@@ -99,33 +125,54 @@ def path_generator(seed: int, path: str) -> torch.Generator:
     return seeded(f"{seed}:{path}")
 
 
-def inject(model: nn.Module, make: Make, where: Where = everywhere, seed: int = 0) -> nn.Module:
-    """Replace, in place, every layer for which `where(path, module)` by `make(module, generator)`.
+def matching(
+    model: nn.Module, where: Where = everywhere, among: tuple[type[nn.Module], ...] = LAYERS
+) -> list[tuple[str, nn.Module]]:
+    """(path, module) of the types `among` with `where(path, module)`, as far as an adapter may go there.
 
-    Layers inside `nn.MultiheadAttention` are left alone: it reads their weights and never calls them, so a wrapper
-    would silently do nothing. Raises if nothing matches, or if the model is adapted already at such a place.
+    Nothing inside another adapter; nothing inside `nn.MultiheadAttention`, which reads its layers' weights and never
+    calls them, so that a wrapper would silently do nothing.
     """
     bypassed = tuple(p + "." for p, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
     inside = tuple(p + "." for p, _ in adapters(model))
-    found = [
+    return [
         (path, module)
         for path, module in model.named_modules()
-        if path and not path.startswith(bypassed + inside) and isinstance(module, LAYERS) and where(path, module)
+        if path and not path.startswith(bypassed + inside) and isinstance(module, among) and where(path, module)
     ]
+
+
+def inject(
+    model: nn.Module,
+    make: Make,
+    where: Where = everywhere,
+    seed: int = 0,
+    among: tuple[type[nn.Module], ...] = LAYERS,
+) -> nn.Module:
+    """Replace, in place, every `matching` module by `make(module, generator)`. Raises if nothing matches."""
+    found = matching(model, where, among)
     if not found:
-        raise FedloraError(
-            f"no layer of {type(model).__name__} matches; it needs one of {[t.__name__ for t in LAYERS]}"
-        )
+        raise FedloraError(f"no layer of {type(model).__name__} matches; it needs one of {[t.__name__ for t in among]}")
     for path, module in found:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, make(module, path_generator(seed, path)))
+        place(model, path, make(module, path_generator(seed, path)))
     return model
 
 
+def place(model: nn.Module, path: str, adapter: Adapter) -> None:
+    """Put `adapter` where its base stands."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, adapter)
+    adapter.attach(model, path)
+
+
 def merge(model: nn.Module) -> nn.Module:
-    """Fold every ΔW into its frozen weight, in place; `unmerge` takes it back to the bit."""
+    """Fold every ΔW into its frozen weight, in place; `unmerge` takes it back to the bit.
+
+    Adapters that are no change of weights (`merges` is false: bottlenecks, routers, prompts) go on beside the layer.
+    """
     for _, adapter in adapters(model):
-        adapter.merge()
+        if adapter.merges:
+            adapter.merge()
     return model
 
 
@@ -136,8 +183,11 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Merge and take the wrappers away: a plain model again, at the plain model's speed. In place, for good."""
-    for path, adapter in list(adapters(model)):
+    """Merge and take the wrappers away: a plain model again, at the plain model's speed. In place, for good.
+
+    What cannot be merged stays.
+    """
+    for path, adapter in [(path, adapter) for path, adapter in adapters(model) if adapter.merges]:
         adapter.merge()
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, adapter.base)
@@ -161,7 +211,7 @@ def region(model: nn.Module, path: str) -> str:
     )
 
 
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
 def kind(module: nn.Module) -> str:
@@ -171,7 +221,7 @@ def kind(module: nn.Module) -> str:
         return "linear"
     if isinstance(layer, LAYERS):
         return "conv"
-    return "norm" if isinstance(layer, _NORMS) else "other"
+    return "norm" if isinstance(layer, NORMS) else "other"
 
 
 def trainable(model: nn.Module) -> State:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fedlora_mini.adapters.base import Adapter
 from fedlora_mini.adapters.ops import add_bias, operate
+from fedlora_mini.state import State
 
 
 class Dense(Adapter):
@@ -22,7 +23,6 @@ class Dense(Adapter):
         super().__init__(base)
         self.D = nn.Parameter(torch.zeros_like(self.base.weight))
         self.d = None if self.base.bias is None else nn.Parameter(torch.zeros_like(self.base.bias))
-        self._kept_bias: Tensor | None = None
 
     def delta(self) -> Tensor:
         return self.D
@@ -31,19 +31,8 @@ class Dense(Adapter):
         y = operate(self.base, x, self.D)
         return y if self.d is None else add_bias(self.base, y, self.d)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        if not self.merged and self.d is not None:
-            self._kept_bias = self.base.bias.detach().clone()
-            self.base.bias += self.d
-        super().merge()
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        if self.merged and self._kept_bias is not None:
-            self.base.bias.copy_(self._kept_bias)
-            self._kept_bias = None
-        super().unmerge()
+    def folded(self) -> State:
+        return super().folded() | ({} if self.d is None else {"bias": self.base.bias + self.d})
 
     def config(self) -> dict[str, Any]:
         return {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedlora_mini import __version__
 from fedlora_mini.adapters import peft_format
-from fedlora_mini.adapters.base import Adapter, adapters, freeze, load_state, trainable
+from fedlora_mini.adapters.base import Adapter, adapters, freeze, load_state, place, trainable
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.state import State, clone, digest
 
@@ -84,7 +84,7 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     built = dict(adapters(model)) or {path: _build(model, path, entry) for path, entry in wanted.items()}
     _check(model, built, state)
     if not here:
-        _place(model, built, state)
+        _install(model, built, state)
     load_state(model, state)
     if recipe is not None:
         model.recipe = recipe
@@ -157,12 +157,11 @@ def _check(model: nn.Module, built: Mapping[str, Adapter], state: Mapping[str, T
         raise FedloraError(f"the adapter does not fit {type(model).__name__}: {'; '.join(wrong[:3])}{more}")
 
 
-def _place(model: nn.Module, built: Mapping[str, Adapter], state: Mapping[str, Tensor]) -> None:
+def _install(model: nn.Module, built: Mapping[str, Adapter], state: Mapping[str, Tensor]) -> None:
     """Freeze the model, put the adapters in, let train what else the state holds: as `prepare` does."""
     freeze(model)
     for path, adapter in built.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, adapter)
+        place(model, path, adapter)
     own = {name for name in state if name.rpartition(".")[0] not in built}
     for name, parameter in model.named_parameters():
         if name in own:

@@ -25,7 +25,7 @@ class LoRA(Adapter):
     Hu et al. 2022; Kalajdzievski 2023 for the square root.
     """
 
-    factors = ("A", "B")
+    factors: tuple[str, ...] = ("A", "B")
 
     def __init__(
         self,

@@ -140,29 +140,52 @@ def operate(layer: Any, x: Tensor, W: Tensor) -> Tensor:
     return convolve_grouped(layer, x, kernels, G)
 
 
+def channels(layer: Any, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """y by group, output channel and voxel, and d: (m,) or (G, m) with axes to broadcast against it."""
+    d = d.reshape(-1, d.shape[-1])  # (G, m)
+    G, m = d.shape
+    if isinstance(layer, nn.Linear):
+        return y.reshape(G, -1, m), d.reshape(G, 1, m)
+    return y.reshape(G, -1, m, y[0, 0].numel()), d.reshape(G, 1, m, 1)
+
+
 def add_bias(layer: Any, y: Tensor, d: Tensor) -> Tensor:
     """y + d along the output channels; d: (m,) or (G, m)."""
-    d = d.reshape(-1, d.shape[-1])  # (G, m)
-    spread = (-1, 1, d.shape[1]) if isinstance(layer, nn.Linear) else (-1, 1, d.shape[1], 1)
-    rows = (
-        (d.shape[0], -1, d.shape[1]) if isinstance(layer, nn.Linear) else (d.shape[0], -1, d.shape[1], y[0, 0].numel())
-    )
-    return (y.reshape(rows) + d.reshape(spread)).reshape(y.shape)
+    rows, spread = channels(layer, y, d)
+    return (rows + spread).reshape(y.shape)
+
+
+def rescale(layer: Any, y: Tensor, c: Tensor) -> Tensor:
+    """c y along the output channels; c: (m,) or (G, m)."""
+    rows, spread = channels(layer, y, c)
+    return (rows * spread).reshape(y.shape)
+
+
+def down(layer: Any, x: Tensor, A: Tensor) -> Tensor:
+    """x -> A x, the thin features. A: (r, n) or (G, r, n). Linear: (N, …, r); convolution: (N, g*r, *S').
+
+    A convolution is one with r outputs, its kernel lives in A; the g groups of channels share it.
+    """
+    if isinstance(layer, nn.Linear):
+        return linear(x, A)
+    A = A.reshape(-1, *A.shape[-2:])  # (G, r, n)
+    (G, r, _), g = A.shape, layer.groups
+    if is_pointwise(layer):
+        return pointwise(x, A.unsqueeze(1))
+    kernels = A.reshape(G, 1, r, layer.in_channels // g, *layer.kernel_size)
+    kernels = kernels.expand(G, g, *kernels.shape[2:]).reshape(G * g, *kernels.shape[2:])  # (G*g, r, c_in/g, *k)
+    return convolve_grouped(layer, x, kernels, G)
+
+
+def up(layer: Any, h: Tensor, B: Tensor) -> Tensor:
+    """Thin features h of `down` -> B h, the layer's outputs. B: (m, r) or (G, m, r). Pointwise for a convolution."""
+    if isinstance(layer, nn.Linear):
+        return linear(h, B)
+    B = B.reshape(-1, *B.shape[-2:])  # (G, m, r)
+    G, m, r = B.shape
+    return pointwise(h, B.reshape(G, layer.groups, m // layer.groups, r))
 
 
 def lowrank(layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """x -> (BA) x without forming BA. A: (r, n), B: (m, r), or (G, r, n) and (G, m, r).
-
-    A convolution is a thin one with r outputs (the kernel lives in A), then a pointwise one by B.
-    """
-    if isinstance(layer, nn.Linear):
-        return linear(linear(x, A), B)
-    A, B = A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:])  # (G, r, n), (G, m, r)
-    (G, r, _), m, g = A.shape, layer.out_channels, layer.groups
-    if is_pointwise(layer):
-        h = pointwise(x, A.unsqueeze(1))
-    else:
-        kernels = A.reshape(G, 1, r, layer.in_channels // g, *layer.kernel_size)
-        kernels = kernels.expand(G, g, *kernels.shape[2:]).reshape(G * g, *kernels.shape[2:])  # (G*g, r, c_in/g, *k)
-        h = convolve_grouped(layer, x, kernels, G)  # (N, g*r, *S')
-    return pointwise(h, B.reshape(G, g, m // g, r))
+    """x -> (BA) x without forming BA. A: (r, n), B: (m, r), or (G, r, n) and (G, m, r)."""
+    return up(layer, down(layer, x, A), B)

@@ -50,11 +50,9 @@ def encode(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Any
     for path, d in dense.items():
         if also := [name for name in names if name.endswith(path) and name != path]:  # how peft matches them
             raise FedloraError(f"peft cannot save the module '{path}' alone: '{also[0]}' ends with the same name")
-        tensors[f"{PREFIX}{path}.weight"] = (d.base.weight if d._kept is None else d._kept) + state[f"{path}.D"]
+        tensors[f"{PREFIX}{path}.weight"] = d.frozen() + state[f"{path}.D"]
         if d.d is not None:
-            tensors[f"{PREFIX}{path}.bias"] = (d.base.bias if d._kept_bias is None else d._kept_bias) + state[
-                f"{path}.d"
-            ]
+            tensors[f"{PREFIX}{path}.bias"] = d.frozen("bias") + state[f"{path}.d"]
     rslora = {a.rslora for a in lora.values()}
     if len(rslora) > 1:
         raise FedloraError("the peft format has one use_rslora for all layers; here some use it and some do not")

@@ -1,69 +1,147 @@
 """The table of what can be trained: one row a recipe. A contract test runs on every row."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedlora_mini.adapters.base import Adapter, freeze, inject, region
+from fedlora_mini.adapters import places, ranks
+from fedlora_mini.adapters.base import Adapter, Where, freeze, inject, matching, region
 from fedlora_mini.adapters.dense import Dense
+from fedlora_mini.adapters.diagonal import Diagonal
+from fedlora_mini.adapters.dora import DoRA, EDoRA
 from fedlora_mini.adapters.lora import LoRA
-from fedlora_mini.adapters.ops import LAYERS
+from fedlora_mini.adapters.mixture import MixtureSARA
+from fedlora_mini.adapters.prilora import PRILoRA
 from fedlora_mini.errors import FedloraError, unknown
+
+BODY = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One kind of adapter and where it goes. `fixed` options are the row's own, `rank` chooses a rank by layer."""
+
+    wrap: type[Adapter]
+    where: Where = places.layers
+    regions: tuple[str, ...] = BODY
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    rank: ranks.RankRule | None = None
+
+    @property
+    def options(self) -> frozenset[str]:
+        """What a caller may set."""
+        own = set(inspect.signature(self.wrap).parameters) - {"base", "generator"} - set(self.fixed)
+        if self.rank is not None:
+            own = own - {"rank"} | _keywords(self.rank)
+        return frozenset(own)
+
+    def put(self, model: nn.Module, seed: int, options: Mapping[str, Any]) -> bool:
+        """Wrap every fitting layer; False if there is none."""
+
+        def here(path: str, module: nn.Module) -> bool:
+            return self.where(path, module) and region(model, path) in self.regions
+
+        found = matching(model, here, (nn.Module,))
+        mine = {name: value for name, value in options.items() if name in self.options} | dict(self.fixed)
+        rule = {name: mine.pop(name) for name in list(mine) if self.rank is not None and name in _keywords(self.rank)}
+        chosen = {}
+        for i, (_, layer) in enumerate(found):
+            rank = {} if self.rank is None else {"rank": self.rank(layer, i / max(1, len(found) - 1), **rule)}
+            chosen[id(layer)] = mine | rank
+
+        def make(layer: nn.Module, generator: torch.Generator) -> Adapter:
+            return self.wrap(layer, generator=generator, **chosen[id(layer)])  # type: ignore[call-arg]
+
+        if found:
+            inject(model, make, here, seed, (nn.Module,))
+        return bool(found)
+
+
+def _keywords(rule: Callable[..., int]) -> set[str]:
+    return {p.name for p in inspect.signature(rule).parameters.values() if p.kind is p.KEYWORD_ONLY}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained in a model. `wrap` = an adapter on every encoder and decoder layer, the head by `Dense`."""
+    """What is trained in a model: adapters in their places and the head by `Dense`, or the model's own parameters."""
 
     summary: str
-    reference: str
-    lr: float = 5e-3  # Adam's rate to start a search from
-    wrap: type[Adapter] | None = None
+    reference: str = ""
+    place: tuple[Placement, ...] = ()
     own: Callable[[str], bool] | None = None  # region -> whether the model's own parameters train there
+    lr: float = 5e-3  # Adam's rate to start a search from
 
     @property
     def grouped(self) -> bool:
         """Whether everything it trains can carry a group axis: adapters can, a model's own parameters cannot."""
         return self.own is None
 
+    @property
+    def options(self) -> frozenset[str]:
+        """What `prepare` takes for it."""
+        return frozenset().union(*(p.options for p in self.place))
+
+
+def _at(
+    wrap: type[Adapter], where: Where = places.layers, rank: ranks.RankRule | None = None, **fixed: Any
+) -> Placement:
+    return Placement(wrap, where, fixed=fixed, rank=rank)
+
 
 ADAPTERS: dict[str, Recipe] = {
-    "lora": Recipe("ΔW = s B A in encoder and decoder; head trained in full", "hu2022lora", wrap=LoRA),
-    "head": Recipe("the head alone (linear probe)", "", wrap=None),
-    "full": Recipe("every parameter, norm statistics included", "", lr=1e-3, own=lambda region: True),
+    # low rank, the same in every layer
+    "lora": Recipe("ΔW = s B A", "hu2022lora", (_at(LoRA),)),
+    "rslora": Recipe("ΔW = s B A, s = alpha / sqrt(r)", "kalajdzievski2023rslora", (_at(LoRA, rslora=True),)),
+    "riemannian": Recipe("LoRA; gradients preconditioned by the other factor", "zhang2024riemannian", (_at(LoRA),)),
+    "flat_lora": Recipe("LoRA; trained under noise on the full weight", "li2025flatlora", (_at(LoRA),)),
+    "pego": Recipe("parallel LoRAs, orthogonal to W_0 and to each other", "hu2024pego", (_at(LoRA),)),
+    "dora": Recipe("W = g ⊙ (W_0 + s B A) / row norms", "liu2024dora", (_at(DoRA),)),
+    "edora": Recipe("DoRA with B, A from the SVD of W_0, only R and g trained", "nasiri2025edora", (_at(EDoRA),)),
+    # low rank, chosen
+    "arena": Recipe("ΔW = s B diag(v) A, l1 on v by a proximal step", "baklouti2025arena", (_at(Diagonal),)),
+    "sora": Recipe("the same, v a gate with a threshold", "ding2023sora", (_at(Diagonal, start="gate"),)),
+    "adalora": Recipe("the same, v under a global budget", "zhang2023adalora", (_at(Diagonal, start="small"),)),
+    "sublora": Recipe("the same, directions selected after training", "sublora", (_at(Diagonal, start="small"),)),
+    "aroma": Recipe("LoRA grown by rank-one pieces", "sheng2025aroma", (_at(LoRA),)),
+    "sr_lora": Recipe("LoRA, r = stable rank of W_0", "srlora", (_at(LoRA, rank=ranks.by_stable_rank),)),
+    "sara": Recipe(
+        "B diag(v) A, r from W_0's spectrum", "gu2024sara", (_at(Diagonal, rank=ranks.by_spectrum, start="unit"),)
+    ),
+    "mo_sara": Recipe("a router over singular-value vectors", "gu2024sara", (_at(MixtureSARA),)),
+    "prilora": Recipe("LoRA, r grows with depth, A masked", "benedek2024prilora", (_at(PRILoRA, rank=ranks.by_depth),)),
+    # beside and after the layers
+    # small parts of the network itself
+    "head": Recipe("the head alone (linear probe)"),
+    "full": Recipe("every parameter, norm statistics included", own=lambda region: True, lr=1e-3),
 }
 
 
 def prepare(model: nn.Module, name: str = "lora", seed: int = 0, **options: Any) -> nn.Module:
-    """Make `model` trainable as row `name` says, in place; everything else is frozen. Options go to the adapter.
+    """Make `model` trainable as row `name` says, in place; everything else is frozen. Options go to the adapters.
 
-    After it, `trainable(model)` is the state that a federation moves.
+    After it, `trainable(model)` is the state that a federation moves. Raises for an unknown row or option, and where
+    the network has no place for the row's first adapter.
     """
     if name not in ADAPTERS:
         raise unknown("adapter", name, ADAPTERS)
     recipe = ADAPTERS[name]
+    for option in options:
+        if option not in recipe.options:
+            raise unknown(f"option of adapter '{name}'", option, recipe.options)
     freeze(model)
     model.recipe = name  # type: ignore[assignment]  # what `save` writes down
     if recipe.own is not None:
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(recipe.own(region(model, path)))
         return model.train()
-    if recipe.wrap is not None:
-        wrap = recipe.wrap
-
-        def make(layer: nn.Module, generator: torch.Generator) -> Adapter:
-            return wrap(layer, generator=generator, **options)  # type: ignore[call-arg]
-
-        inject(model, make, lambda path, module: region(model, path) != "head", seed)
-    heads = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, LAYERS) and not path.endswith(".base") and region(model, path) == "head"
-    ]
-    if not heads:
+    put = [each.put(model, seed, options) for each in recipe.place]
+    if put and not any(put):
+        raise FedloraError(f"{type(model).__name__} has no place for adapter '{name}' ({recipe.summary})")
+    head = Placement(Dense, places.layers, ("head",))
+    if not head.put(model, seed, {}):
         raise FedloraError(f"{type(model).__name__} has no layer in the region 'head'")
-    inject(model, lambda layer, generator: Dense(layer), lambda path, module: path in heads, seed)
     return model

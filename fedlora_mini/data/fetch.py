@@ -8,11 +8,13 @@ archives are read in place, and a member name that points outside the archive is
 
 import hashlib
 import os
+import tarfile
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
@@ -165,16 +167,33 @@ def members(archive: zipfile.ZipFile, under: str) -> dict[str, zipfile.ZipInfo]:
     return found
 
 
+def tar_files(path: Path, suffix: str = "") -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of every regular file of a tar archive, read in place; links and devices are passed over."""
+    try:
+        with tarfile.open(path) as archive:
+            for info in archive:
+                name = safe_name(info.name)
+                if info.isreg() and name.endswith(suffix) and (file := archive.extractfile(info)) is not None:
+                    yield name, file.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise FedloraError(f"{path.name} is not a readable tar archive: {error}") from error
+
+
+def names_digest(digests: Mapping[str, str]) -> str:
+    """sha256 over the lines "<name> <digest>" in the order of the names."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
+
+
 def content_digest(path: Path, under: str, suffix: str = "") -> str:
-    """sha256 over the sorted lines "<name> <sha256 of its bytes>": the same for every packing of the same files."""
+    """`names_digest` of a zip's files by the sha256 of their bytes: the same for every packing of the same files."""
     from tqdm import tqdm
 
-    lines = []
+    digests = {}
     try:
         with zipfile.ZipFile(path) as archive:
             chosen = {k: v for k, v in members(archive, under).items() if k.endswith(suffix)}
             for name in tqdm(sorted(chosen), desc=f"checking {path.name}", leave=False, delay=1, disable=None):
-                lines.append(f"{name} {hashlib.sha256(archive.read(chosen[name])).hexdigest()}\n")
+                digests[name] = hashlib.sha256(archive.read(chosen[name])).hexdigest()
     except (zipfile.BadZipFile, OSError, RuntimeError) as error:
         raise FedloraError(f"{path.name} is not a readable zip archive: {error}") from error
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return names_digest(digests)

@@ -44,6 +44,13 @@ DATASETS: dict[str, Entry] = {
         "CC0 1.0",
         needs_download=True,
     ),
+    "hippocampus": Entry(
+        "fedlora_mini.data.hippocampus",
+        "Decathlon Task04: 260 MR volumes, anterior and posterior hippocampus; one source, 3D (for the 3d networks)",
+        "real",
+        "CC BY-SA 4.0",
+        needs_download=True,
+    ),
     "folder": Entry(
         "fedlora_mini.data.folder",
         "your own <root>/<site>/{images,masks}/<name>, a folder or zip: give its path as the name",

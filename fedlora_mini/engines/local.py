@@ -51,6 +51,7 @@ class LocalEngine:
             raise FedloraError(
                 f"'{method.title}' trains a model's own weights, which have no group axis: use execution 'sequential'"
             )
+        can = can and all(term.grouped for term in method.objective)
         pays = self.device.type != "cpu" or budget.batch <= SMALL
         self.grouped = can and pays if execution == "auto" else execution == "grouped"
 

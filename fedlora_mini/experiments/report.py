@@ -52,7 +52,7 @@ def table_of(results: Sequence[Result], method: str, protocol: str, metric: str 
     """(seeds, sites) of one method under one protocol, seeds ascending; no rows if the protocol was not measured."""
     rows = sorted((r for r in results if r["config"]["method"] == method), key=lambda r: r["config"]["seed"])
     values = [[site[metric] for site in r["scores"][protocol].values()] for r in rows if protocol in r["scores"]]
-    return np.array(values, dtype=float).reshape(len(values), -1)
+    return np.array(values, dtype=float).reshape(len(values), len(values[0]) if values else 0)
 
 
 def summary(results: Sequence[Result]) -> pd.DataFrame:

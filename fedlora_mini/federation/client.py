@@ -1,18 +1,20 @@
 """Local training: E steps on one client's data, or on several clients' at once along the group axis."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters.base import Key, call
+from fedlora_mini.adapters.base import Key, adapters, call
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.methods import Method
 from fedlora_mini.losses import segmentation_loss
-from fedlora_mini.regularizers import Context
+from fedlora_mini.regularizers import Context, Regularizer
 from fedlora_mini.state import State
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
@@ -22,6 +24,24 @@ OPTIMISERS: dict[str, Callable[[list[Tensor], "Budget"], torch.optim.Optimizer]]
     "adam": lambda p, budget: torch.optim.AdamW(p, lr=budget.lr, weight_decay=budget.weight_decay),
     "sgd": lambda p, budget: torch.optim.SGD(p, lr=budget.lr, weight_decay=budget.weight_decay),
 }
+
+
+def constant(done: float) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+def cosine(done: float, warmup: float = 0.05) -> float:
+    """Linear warm-up over the first twentieth, then half a cosine to zero. `done` is the share of the steps, (0, 1]."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+PACES: dict[str, Callable[[float], float]] = {"constant": constant, "cosine": cosine}
+
+Stop = Callable[[int, list[float]], bool]
+"""(step, the clients' losses) -> whether training ends after this step."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +54,13 @@ class Budget:
     optimiser: str = "adam"
     weight_decay: float = 0.0
     augment: bool = True
+    pace: str = "constant"  # how the rate moves over the steps of a round
 
     def __post_init__(self) -> None:
         if self.optimiser not in OPTIMISERS:
             raise unknown("optimiser", self.optimiser, OPTIMISERS)
+        if self.pace not in PACES:
+            raise unknown("pace", self.pace, PACES)
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise FedloraError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -59,41 +82,87 @@ def train(
     budget: Budget,
     round: int,
     precision: str = "float32",
+    stop: Stop = lambda step, losses: False,
 ) -> tuple[list[State], list[float]]:
     """K start states -> K end states and K mean losses.
 
     With K > 1 the states are stacked and every factor carries a group axis of K; the loss is the sum of the clients'
     mean losses, so that no client's gradient sees another's data. The optimiser starts anew each round.
     """
-    K, grouped = len(states), len(states) > 1
+    K, grouped, terms = len(states), len(states) > 1, method.objective
+    if grouped and (alone := [term.label for term in terms if not term.grouped]):
+        raise FedloraError(f"'{alone[0]}' needs clients one after the other: use execution 'sequential'")
     params = S.stack(states) if grouped else S.clone(states[0])
     movable = [name for name in params if not keys[name].factor.startswith("running_")]
     optimiser = OPTIMISERS[budget.optimiser]([params[name] for name in movable], budget)
-    contexts = [Context(round, 0, start, dict(keys), budget.lr) for start in states]
-    device = next(iter(params.values())).device
-    total = torch.zeros(K, device=device)
+    layers, pace = dict(adapters(model)), PACES[budget.pace]
+    base = Context(round, 0, {}, dict(keys), budget.lr, budget.steps, layers=layers)
+    contexts = [replace(base, start=s, index=k if grouped else None, memory={}) for k, s in enumerate(states)]
+    total, done = torch.zeros(K, device=next(iter(params.values())).device), 0
+
+    def views() -> list[State]:
+        return S.unstack(params) if grouped else [params]
+
+    def objective(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        seen = dict(params)
+        for term in terms:
+            for view, context in zip(views(), contexts, strict=True):
+                seen |= term.view(view, context)
+        with autocast(x.device, precision):
+            logits = call(model, seen, x)
+        losses = segmentation_loss(logits, y).view(K, -1).mean(1)  # (K,)
+        value = losses.sum()
+        for view, context in zip(views(), contexts, strict=True) if terms else ():
+            value = value + sum(term.penalty(view, context) for term in terms)
+        return value, losses.detach()
+
     for step in range(1, budget.steps + 1):
         for name in movable:
             params[name].requires_grad_(method.schedule(keys[name], round, step))
         x, y = batches(step)
-        with autocast(device, precision):
-            logits = call(model, params, x)
-        losses = segmentation_loss(logits, y).view(K, -1).mean(1)  # (K,)
-        objective = losses.sum()
-        if method.objective:
-            views = S.unstack(params) if grouped else [params]
-            contexts = [Context(c.round, step, c.start, c.keys, c.lr, c.memory) for c in contexts]
-            for view, context in zip(views, contexts, strict=True):
-                objective = objective + sum(term.penalty(view, context) for term in method.objective)
+        now = pace(step / budget.steps)
+        optimiser.param_groups[0]["lr"] = budget.lr * now
+
+        def again(x: Tensor = x, y: Tensor = y) -> State:
+            moving = {name: p for name, p in params.items() if p.requires_grad}
+            with torch.enable_grad():
+                value, _ = objective(x, y)
+                return dict(zip(moving, torch.autograd.grad(value, list(moving.values())), strict=True))
+
+        fresh: dict[str, Any] = {"step": step, "lr": budget.lr * now, "pace": now, "restart": set()}
+        contexts = [replace(c, **fresh, again=c.again if grouped else again) for c in contexts]
+        value, losses = objective(x, y)
         optimiser.zero_grad(set_to_none=True)  # what has no gradient, the optimiser leaves alone
-        objective.backward()
+        value.backward()
+        if terms:
+            _change_gradients(terms, params, contexts, grouped)
         optimiser.step()
-        if method.objective:
+        if terms:
             with torch.no_grad():
-                for view, context in zip(S.unstack(params) if grouped else [params], contexts, strict=True):
-                    for term in method.objective:
+                for view, context in zip(views(), contexts, strict=True):
+                    for term in terms:
                         term.prox_(view, context)
-        total += losses.detach()
+            for name in set().union(*(context.restart for context in contexts)):
+                optimiser.state.pop(params[name], None)
+        total, done = total + losses, done + 1
+        if stop(step, losses.tolist()):
+            break
     params = {name: value.detach() for name, value in params.items()}
     ends = [S.clone(view) for view in S.unstack(params)] if grouped else [params]
-    return ends, (total / budget.steps).tolist()
+    return ends, (total / done).tolist()
+
+
+@torch.no_grad()
+def _change_gradients(terms: Sequence[Regularizer], params: State, contexts: list[Context], grouped: bool) -> None:
+    """Every term's `gradient_`, client by client; what a term took out loses its gradient."""
+    gradient = {name: p.grad for name, p in params.items() if p.grad is not None}
+    if not gradient:
+        return
+    states = S.unstack(params) if grouped else [params]
+    changed = [dict(view) for view in (S.unstack(gradient) if grouped else [gradient])]
+    for own, state, context in zip(changed, states, contexts, strict=True):
+        for term in terms:
+            term.gradient_(own, state, context)
+    for name in gradient:
+        kept = [own[name] for own in changed if name in own]
+        params[name].grad = None if not kept else torch.stack(kept) if grouped else kept[0]

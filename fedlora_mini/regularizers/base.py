@@ -1,11 +1,18 @@
-"""What a method adds to the task loss, or does after the optimiser's step."""
+"""What a method adds to the task loss, or does to the gradients, the forward pass or the result of a step."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from fedlora_mini.adapters.base import Key
+from fedlora_mini.adapters.base import Adapter, Key
+from fedlora_mini.errors import FedloraError
 from fedlora_mini.state import State
+
+
+def _cannot() -> State:
+    raise FedloraError("gradients can be taken again only where clients train one after the other")
 
 
 @dataclass(frozen=True)
@@ -13,21 +20,42 @@ class Context:
     """What a regulariser may look at besides the client's current state."""
 
     round: int
-    step: int
+    step: int  # from 1
     start: State  # the client's state at the start of the round, detached
     keys: dict[str, Key]
-    lr: float
-    memory: dict[str, State] = field(default_factory=dict)  # its own, kept from step to step within a round
+    lr: float  # of this step
+    steps: int = 1  # local steps of the round
+    pace: float = 1.0  # lr of this step / the budget's lr, by the schedule
+    layers: Mapping[str, Adapter] = field(default_factory=dict)  # path -> adapter, for its frozen layer and settings
+    index: int | None = None  # the client's place on the group axis; None where clients train one after the other
+    memory: dict[str, Any] = field(default_factory=dict)  # its own, kept from step to step within a round
+    restart: set[str] = field(default_factory=set)  # names put in here: the optimiser forgets its moments of them
+    again: Callable[[], State] = _cannot  # the gradients on the same batch at the state as it is now
+
+    def of(self, factor: str, state: Mapping[str, Tensor]) -> list[str]:
+        """Names in `state` whose role is `factor`."""
+        return [name for name in state if self.keys[name].factor == factor]
 
 
 class Regularizer:
-    """Both hooks see ONE client's state; with several clients in one pass they are called for each in turn."""
+    """All hooks see ONE client's state; with several clients in one pass they are called for each in turn.
+
+    A step is: view -> forward -> loss + penalty -> backward -> gradient_ -> optimiser -> prox_.
+    """
 
     label: str = ""
+    grouped: bool = True  # whether it may be used while clients train along the group axis
+
+    def view(self, state: State, context: Context) -> State:
+        """Further tensors that the forward pass of this step shall see, by name, such as a perturbed frozen weight."""
+        return {}
 
     def penalty(self, state: State, context: Context) -> Tensor | float:
         """Smooth: added to the loss."""
         return 0.0
+
+    def gradient_(self, gradient: State, state: State, context: Context) -> None:
+        """Changes the gradient before the optimiser sees it. A name taken out is left alone by the optimiser."""
 
     def prox_(self, state: State, context: Context) -> None:
         """Non-smooth: changes `state` in place after the optimiser's step."""
