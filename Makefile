@@ -8,7 +8,7 @@ JOBS   ?= 2
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html results test quick nbval browser peers lint format notebooks bench main-job evidence clean
+.PHONY: help setup book html results test quick nbval browser peers lint format notebooks assignments bench main-job evidence clean
 
 help: ## list the targets
 	@echo "fedlora_mini: targets"
@@ -47,7 +47,7 @@ quick: $(READY) ## the tests to run all day (under 3 minutes)
 
 # One after the other: kernels that start at the same moment can choose the same ports and then never answer.
 nbval: $(READY) ## run the notebooks and check their tagged outputs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval.cfg book/notebooks -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval.cfg book/notebooks book/assignments/solution -p no:cacheprovider
 
 browser: $(READY) ## open the built pages in Chromium with every other host blocked
 	$(BIN)/python -m pytest tests/book/test_browser.py -rs
@@ -61,6 +61,9 @@ $(PEERS): $(READY) benchmarks/peers.sh
 
 notebooks: $(READY) ## write book/notebooks/ from the chapters, with outputs
 	$(BIN)/python book/_tools/notebooks.py --execute
+
+assignments: $(READY) ## write the problem sets, student and solution version, from their sources
+	$(BIN)/python book/_tools/assignments.py
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `fedlora methods | models | data | pretrain | run | compare | report`."""
+"""The command line: `fedlora methods | adapters | models | data | pretrain | run | compare | fewshot | report`."""
 
 import argparse
 import json
@@ -22,6 +22,15 @@ COMPARE_EXAMPLES = """examples:
   fedlora compare fedit iat --data path/to/hospitals --unseen C6
 
 An interrupted comparison goes on where it stopped when the same command is given again."""
+
+FEWSHOT_EXAMPLES = """examples:
+  fedlora fewshot --list                                     tasks and arms
+  fedlora fewshot lora-4 arena-8 full --shots 5 --splits 0-2 the phantom's vessel, one rate for all
+  fedlora fewshot --tasks nuclei-he,nuclei-fluo520 --shots 5,10 --splits 0-4 --search-lr 1e-3,3e-3,1e-2
+  fedlora fewshot arena-8 --change lam=0.01 --splits 0-7     another weight of ARENA's l1 norm
+
+Without arms: all of them. No validation data: training stops by its own loss, and --search-lr chooses each arm's rate
+on a task that is not reported. An interrupted study goes on where it stopped when the same command is given again."""
 
 
 def _value(text: str) -> Any:
@@ -86,6 +95,18 @@ def methods_command(args: argparse.Namespace) -> None:
         objective = ", ".join(term.label for term in m.objective) or "task loss"
         shares = "(one client holds all data)" if m.pooled else m.shared.label
         rows.append((name, m.title, m.adapter, shares, m.schedule.label, m.rule.__name__, objective))
+    _print_columns(rows)
+
+
+def adapters_command(args: argparse.Namespace) -> None:
+    """Print what can be trained."""
+    from fedlora_mini.adapters.registry import ADAPTERS
+    from fedlora_mini.regularizers.companions import COMPANIONS
+
+    rows = [("name", "what trains besides the head", "options", "training")]
+    for name, recipe in ADAPTERS.items():
+        training = COMPANIONS[name].__doc__ or "" if name in COMPANIONS else ""
+        rows.append((name, recipe.summary, ", ".join(sorted(recipe.options)) or "-", training.partition(";")[0] or "-"))
     _print_columns(rows)
 
 
@@ -162,6 +183,41 @@ def compare_command(args: argparse.Namespace) -> None:
         return _progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)
 
     _report(Comparison(args.methods, seeds, settings, folder, rates, on_run).run(), folder)
+
+
+def fewshot_command(args: argparse.Namespace) -> None:
+    """A new structure from a few images: arms x shots x splits."""
+    from tqdm import tqdm
+
+    from fedlora_mini.experiments.compare import parse_seeds
+    from fedlora_mini.experiments.fewshot import ARMS, TASKS, Study
+    from fedlora_mini.experiments.fewshot.report import write_report
+    from fedlora_mini.experiments.fewshot.run import SEARCH_SPLITS
+
+    if args.list:
+        _print_columns([("task", "what"), *((name, row.summary) for name, row in TASKS.items())])
+        print()
+        _print_columns([("arm", "title", "adapter"), *((name, row.title, row.adapter) for name, row in ARMS.items())])
+        return
+    tasks, arms, shots = args.tasks.split(","), args.arms or list(ARMS), parse_seeds(args.shots)
+    splits, folder = parse_seeds(args.splits), Path(args.out or f"runs/fewshot-{args.tasks.replace(',', '-')}")
+    rates = [float(rate) for rate in (args.search_lr or str(args.lr)).split(",")]
+    settings = {"steps": args.steps, "batch": args.batch, "threads": args.threads}
+    settings |= {"changes": tuple(_options(args.change).items())}
+    searched = len(arms) * len(rates) * len(SEARCH_SPLITS) * (len(rates) > 1)
+    bar = tqdm(total=len(tasks) * len(arms) * len(shots) * len(splits) + searched, unit="run", disable=None)
+
+    def on_run(record: dict[str, Any]) -> None:
+        bar.update()
+        own = record["config"]
+        bar.set_postfix_str(f"{own['task']} {own['arm']} {own['shots']} shots: Dice {record['dice']:.3f}")
+
+    study = Study(tasks, arms, shots, splits, folder, rates, settings, on_run)
+    results = study.run()
+    bar.close()
+    text, pictures = write_report(results, folder)
+    print(text.read_text(encoding="utf-8"))
+    print(f"tables: {text}\npictures: {', '.join(map(str, pictures))}")
 
 
 def report_command(args: argparse.Namespace) -> None:
@@ -241,6 +297,7 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     add("methods", methods_command, "the table of methods")
+    add("adapters", adapters_command, "what can be trained in a network")
     add("models", models_command, "the networks that adapters attach to")
 
     data = add(
@@ -264,6 +321,20 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", default="0-2", help="such as 0-7 or 0,3,5 [0-2]")
     compare.add_argument("--search-lr", metavar="RATES", help="a grid, the same for every method, on validation data")
     _add_run_settings(compare)
+
+    few = add("fewshot", fewshot_command, "a new structure from 1 to 10 images", FEWSHOT_EXAMPLES)
+    few.add_argument("arms", nargs="*", metavar="ARM", help="rows of `fedlora fewshot --list` [all]")
+    few.add_argument("--list", action="store_true", help="print tasks and arms")
+    few.add_argument("--tasks", default="vessel", help="comma-separated [vessel]")
+    few.add_argument("--shots", default="1,2,5,10", help="labelled images, such as 5 or 1,2,5,10 [1,2,5,10]")
+    few.add_argument("--splits", default="0-2", help="such as 0-7: other labelled images and test images [0-2]")
+    few.add_argument("--search-lr", metavar="RATES", help="a grid, the same for every arm, on the tuning task")
+    few.add_argument("--lr", type=float, default=5e-3, help="one rate for all arms, without --search-lr [5e-3]")
+    few.add_argument("--steps", type=int, default=120, help="at most so many steps [120]")
+    few.add_argument("--batch", type=int, default=4)
+    few.add_argument("--change", action="append", default=[], metavar="NAME=VALUE", help="an option of the regulariser")
+    few.add_argument("--threads", type=int, default=1)
+    few.add_argument("--out", metavar="FOLDER", help="where to write [runs/fewshot-…]")
 
     report = add(
         "report", report_command, "tables and a figure of finished runs", "example: fedlora report results/a.jsonl"

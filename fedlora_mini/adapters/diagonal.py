@@ -69,15 +69,17 @@ class Diagonal(Adapter):
         A, v, B = STARTS[start](*matrix_shape(base), rank, generator or torch.default_generator)
         self.A, self.v, self.B = (nn.Parameter(t.to(**like)) for t in (A, v, B))
 
-    def weighted(self) -> Tensor:
-        """s B diag(v): (m, r), or (G, m, r)."""
-        return self.B * (self.scaling * self.v if self.scaling != 1 else self.v).unsqueeze(-2)
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(P, Q) with ΔW = P Q: P = s B diag(v), Q = A."""
+        return self.B * (self.v if self.scaling == 1 else self.scaling * self.v).unsqueeze(-2), self.A
 
     def delta(self) -> Tensor:
-        return to_weight(self.base, self.weighted() @ self.A)
+        P, Q = self.pair()
+        return to_weight(self.base, P @ Q)
 
     def path(self, x: Tensor) -> Tensor:
-        return lowrank(self.base, x, self.A, self.weighted())
+        P, Q = self.pair()
+        return lowrank(self.base, x, Q, P)
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha, "start": self.start}

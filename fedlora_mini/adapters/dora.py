@@ -75,7 +75,7 @@ class DoRA(Magnitude, LoRA):
             self.g = nn.Parameter(self.row_norms(*self.pair()))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        return self.scaling * self.B, self.A
+        return LoRA.pair(self)
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha, "detach": self.detach}

@@ -45,12 +45,17 @@ class LoRA(Adapter):
         self.A = nn.Parameter(kaiming_uniform((rank, n), generator or torch.default_generator).to(**like))
         self.B = nn.Parameter(torch.zeros(m, rank, **like))
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(P, Q) with ΔW = P Q: (m, r) and (r, n), or with a group axis."""
+        return (self.B if self.scaling == 1 else self.scaling * self.B), self.A
+
     def delta(self) -> Tensor:
-        return to_weight(self.base, self.scaling * (self.B @ self.A))
+        P, Q = self.pair()
+        return to_weight(self.base, P @ Q)
 
     def path(self, x: Tensor) -> Tensor:
-        B = self.B if self.scaling == 1 else self.scaling * self.B
-        return lowrank(self.base, x, self.A, B)
+        P, Q = self.pair()
+        return lowrank(self.base, x, Q, P)
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha, "rslora": self.rslora}

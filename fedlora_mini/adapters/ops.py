@@ -144,6 +144,7 @@ def channels(layer: Any, y: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """y by group, output channel and voxel, and d: (m,) or (G, m) with axes to broadcast against it."""
     d = d.reshape(-1, d.shape[-1])  # (G, m)
     G, m = d.shape
+    group_size(y, G)
     if isinstance(layer, nn.Linear):
         return y.reshape(G, -1, m), d.reshape(G, 1, m)
     return y.reshape(G, -1, m, y[0, 0].numel()), d.reshape(G, 1, m, 1)

@@ -15,6 +15,7 @@ ROLES = {
     "down": "mlp output",
     "linear2": "mlp output",
 }
+UNUSED = ("norm_cross_attn",)  # MONAI's transformer block has it also where there is no cross attention
 BLOCKS = ("Block", "TransformerBlock")  # ViT blocks of MiniSAM and MONAI: (N, T, d) -> (N, T, d)
 
 
@@ -32,12 +33,12 @@ def layers(path: str, module: nn.Module) -> bool:
 
 def biased(path: str, module: nn.Module) -> bool:
     """Every layer or norm that has a bias."""
-    return isinstance(module, (*LAYERS, *NORMS)) and module.bias is not None
+    return (layers(path, module) or norms(path, module)) and module.bias is not None
 
 
 def norms(path: str, module: nn.Module) -> bool:
-    """Every normalisation layer, with or without an affine map of its own."""
-    return isinstance(module, NORMS)
+    """Every normalisation layer, with or without an affine map of its own, except those that are never called."""
+    return isinstance(module, NORMS) and path.rpartition(".")[2] not in UNUSED
 
 
 def sublayers(path: str, module: nn.Module) -> bool:
@@ -58,11 +59,6 @@ def keys_values(path: str, module: nn.Module) -> bool:
 def activations(path: str, module: nn.Module) -> bool:
     """Layers whose inputs (IA)³ scales: an MLP's inner activations, and what goes into a convolution."""
     return role(path, module) in ("mlp output", "convolution")
-
-
-def ungrouped(path: str, module: nn.Module) -> bool:
-    """Every linear layer, and convolutions that do not split their channels into groups."""
-    return isinstance(module, LAYERS) and getattr(module, "groups", 1) == 1
 
 
 def blocks(path: str, module: nn.Module) -> bool:

@@ -9,13 +9,19 @@ import torch
 from torch import nn
 
 from fedlora_mini.adapters import places, ranks
+from fedlora_mini.adapters.affine import Affine
 from fedlora_mini.adapters.base import Adapter, Where, freeze, inject, matching, region
+from fedlora_mini.adapters.bias import Bias
+from fedlora_mini.adapters.bottleneck import AdaptFormer, Houlsby
 from fedlora_mini.adapters.dense import Dense
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.dora import DoRA, EDoRA
+from fedlora_mini.adapters.gate import IA3
+from fedlora_mini.adapters.kronecker import ALoRE
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.adapters.mixture import MixtureSARA
 from fedlora_mini.adapters.prilora import PRILoRA
+from fedlora_mini.adapters.prompt import Prompt
 from fedlora_mini.errors import FedloraError, unknown
 
 BODY = ("encoder", "decoder")
@@ -92,6 +98,8 @@ def _at(
     return Placement(wrap, where, fixed=fixed, rank=rank)
 
 
+_NORMS = _at(Affine, places.norms)
+
 ADAPTERS: dict[str, Recipe] = {
     # low rank, the same in every layer
     "lora": Recipe("ΔW = s B A", "hu2022lora", (_at(LoRA),)),
@@ -101,21 +109,46 @@ ADAPTERS: dict[str, Recipe] = {
     "pego": Recipe("parallel LoRAs, orthogonal to W_0 and to each other", "hu2024pego", (_at(LoRA),)),
     "dora": Recipe("W = g ⊙ (W_0 + s B A) / row norms", "liu2024dora", (_at(DoRA),)),
     "edora": Recipe("DoRA with B, A from the SVD of W_0, only R and g trained", "nasiri2025edora", (_at(EDoRA),)),
+    "alore": Recipe("ΔW = Σ S_i ⊗ (D_i U_i)", "du2024alore", (_at(ALoRE),)),
     # low rank, chosen
     "arena": Recipe("ΔW = s B diag(v) A, l1 on v by a proximal step", "baklouti2025arena", (_at(Diagonal),)),
     "sora": Recipe("the same, v a gate with a threshold", "ding2023sora", (_at(Diagonal, start="gate"),)),
     "adalora": Recipe("the same, v under a global budget", "zhang2023adalora", (_at(Diagonal, start="small"),)),
-    "sublora": Recipe("the same, directions selected after training", "sublora", (_at(Diagonal, start="small"),)),
+    "sublora": Recipe(
+        "the same, directions selected after training", "gao2025sublora", (_at(Diagonal, start="small"),)
+    ),
     "aroma": Recipe("LoRA grown by rank-one pieces", "sheng2025aroma", (_at(LoRA),)),
-    "sr_lora": Recipe("LoRA, r = stable rank of W_0", "srlora", (_at(LoRA, rank=ranks.by_stable_rank),)),
+    "sr_lora": Recipe("LoRA, r = stable rank of W_0", "zhang2025srlora", (_at(LoRA, rank=ranks.by_stable_rank),)),
     "sara": Recipe(
         "B diag(v) A, r from W_0's spectrum", "gu2024sara", (_at(Diagonal, rank=ranks.by_spectrum, start="unit"),)
     ),
     "mo_sara": Recipe("a router over singular-value vectors", "gu2024sara", (_at(MixtureSARA),)),
     "prilora": Recipe("LoRA, r grows with depth, A masked", "benedek2024prilora", (_at(PRILoRA, rank=ranks.by_depth),)),
     # beside and after the layers
+    "houlsby": Recipe(
+        "a bottleneck after every sub-layer, and the norms",
+        "houlsby2019adapter",
+        (_at(Houlsby, places.sublayers), _NORMS),
+    ),
+    "adaptformer": Recipe("a bottleneck beside every MLP", "chen2022adaptformer", (_at(AdaptFormer, places.mlps),)),
+    "ia3": Recipe(
+        "scales on keys, values and inner activations",
+        "liu2022ia3",
+        (_at(IA3, places.keys_values, side="kv"), _at(IA3, places.activations, side="in")),
+    ),
+    "prompt": Recipe(
+        "tokens beside the image's in every ViT block", "jia2022vpt", (_at(Prompt, places.blocks),), lr=1e-2
+    ),
     # small parts of the network itself
+    "bitfit": Recipe("every bias", "zaken2022bitfit", (_at(Bias, places.biased),)),
+    "affine": Recipe("scale and shift of every norm", "", (_NORMS,)),
     "head": Recipe("the head alone (linear probe)"),
+    "decoder": Recipe(
+        "every weight of decoder and head",
+        "",
+        (Placement(Dense, places.layers, ("decoder",)), Placement(Affine, places.norms, ("decoder",))),
+        lr=2e-3,
+    ),
     "full": Recipe("every parameter, norm statistics included", own=lambda region: True, lr=1e-3),
 }
 

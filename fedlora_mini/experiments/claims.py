@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedlora_mini.errors import FedloraError, unknown
-from fedlora_mini.experiments.report import Result, read_results, table_of
+from fedlora_mini.experiments.fewshot import report as fewshot
+from fedlora_mini.experiments.fewshot.arms import arm as fewshot_arm
+from fedlora_mini.experiments.report import read_results, table_of
 from fedlora_mini.experiments.stats import Difference, holm, paired_difference
 from fedlora_mini.federation import METHODS
 
@@ -18,7 +20,10 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Claim:
-    """metric(a) - metric(b) is positive, negative or about zero (`sign` +1, -1, 0), paired over seeds and sites."""
+    """metric(a) - metric(b) is positive, negative or about zero (`sign` +1, -1, 0), paired over seeds and sites.
+
+    With `shots` the arms are few-shot ones (patterns, see `fewshot.report.of`), seeds are splits, sites are tasks.
+    """
 
     text: str
     a: str
@@ -31,6 +36,20 @@ class Claim:
     source: str = ""  # citation key; empty = ours
     matched: str = "rounds, local steps, batches, initial weights, data, adapter and rank"
     not_matched: str = "bytes sent"
+    shots: int = 0
+
+    def title(self, name: str) -> str:
+        """An arm's name for the reader."""
+        arms, at, task = name.partition("@")
+        if not self.shots:
+            return METHODS[name].title
+        text = ", ".join(fewshot_arm(arm).title for arm in arms.split("|"))
+        return f"{text} on {task}" if at else text
+
+    @property
+    def measured(self) -> str:
+        """What is compared, in words."""
+        return f"{self.shots}-shot {self.metric}" if self.shots else f"{self.protocol} {self.metric}"
 
 
 CLAIMS: dict[str, Claim] = {
@@ -113,7 +132,7 @@ class Verdict:
 
     def _repr_markdown_(self) -> str:
         claim, d = self.claim, self.difference
-        a, b = METHODS[claim.a].title, METHODS[claim.b].title
+        a, b = claim.title(claim.a), claim.title(claim.b)
         expected = {1: "positive", -1: "negative", 0: f"within ±{claim.margin:g}"}[claim.sign]
         lines = [
             f"**Claim.** {claim.text}",
@@ -121,12 +140,13 @@ class Verdict:
             "| | |",
             "|---|---|",
             f"| verdict | **{self.word}** |",
-            f"| expected | {a} − {b}, {claim.protocol} {claim.metric}: {expected} |",
+            f"| expected | {a} − {b}, {claim.measured}: {expected} |",
         ]
         if d is not None:
             p = f", p = {self.p:.3f} (Holm)" if self.p is not None else ""
             lines.append(f"| measured | {d.mean:+.4f}, 95 % interval [{d.low:+.4f}, {d.high:+.4f}]{p} |")
-            lines.append(f"| paired over | {d.seeds} seeds × {d.sites} site{'s' if d.sites > 1 else ''} |")
+            what, where = ("splits", "task") if claim.shots else ("seeds", "site")
+            lines.append(f"| paired over | {d.seeds} {what} × {d.sites} {where}{'s' if d.sites > 1 else ''} |")
         lines += [
             f"| matched | {claim.matched} |",
             f"| not matched | {claim.not_matched} |",
@@ -147,8 +167,11 @@ def _difference(claim: Claim) -> Difference | None:
     folder = results_folder()
     if folder is None or not (folder / claim.results).is_file():
         return None
-    results: list[Result] = read_results([folder / claim.results])
-    a, b = (table_of(results, arm, claim.protocol, claim.metric) for arm in (claim.a, claim.b))
+    results = read_results([folder / claim.results])
+    if claim.shots:
+        a, b = (fewshot.table_of(results, arm, claim.shots, claim.metric) for arm in (claim.a, claim.b))
+    else:
+        a, b = (table_of(results, arm, claim.protocol, claim.metric) for arm in (claim.a, claim.b))
     if not a.size or a.shape != b.shape:
         raise FedloraError(f"'{claim.results}' does not hold both {claim.a} and {claim.b} with the same seeds")
     return paired_difference(a, b)

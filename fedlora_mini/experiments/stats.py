@@ -32,6 +32,21 @@ class Difference:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
+def bootstrap(d: NDArray[np.float64], draws: int = 10_000, seed: int = 0) -> NDArray[np.float64]:
+    """Means of `draws` resamples of a (seeds, sites) table: seeds are drawn, then sites within each drawn seed."""
+    S, K = d.shape
+    rng = np.random.default_rng(seed)
+    seeds = rng.integers(S, size=(draws, S, 1))
+    sites = rng.integers(K, size=(draws, S, K))
+    return d[seeds, sites].mean((1, 2))
+
+
+def interval(d: NDArray[np.float64], level: float = 0.95) -> tuple[float, float]:
+    """The bootstrap interval for the mean of a (seeds, sites) table."""
+    low, high = np.quantile(bootstrap(d), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def paired_difference(
     a: NDArray[np.float64], b: NDArray[np.float64], draws: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Difference:
@@ -42,12 +57,9 @@ def paired_difference(
     if a.shape != b.shape or a.ndim != 2 or a.size == 0:
         raise FedloraError(f"paired arms need equal (seeds, sites) tables, got {a.shape} and {b.shape}")
     d = a - b  # (S, K)
-    S, K = d.shape
-    rng = np.random.default_rng(seed)
-    seeds = rng.integers(S, size=(draws, S, 1))
-    sites = rng.integers(K, size=(draws, S, K))
-    means = d[seeds, sites].mean((1, 2))  # (draws,)
+    means = bootstrap(d, draws, seed)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    S, K = d.shape
     per_seed = d.mean(1)
     p = float(wilcoxon(per_seed).pvalue) if S >= LEAST_PAIRS and np.any(per_seed != 0) else None
     side = min(float((means <= 0).mean()), float((means >= 0).mean()))

@@ -1,7 +1,7 @@
 """Networks to adapt."""
 
 from fedlora_mini.models.minisam import MiniSAM
-from fedlora_mini.models.pretrained import load_base
+from fedlora_mini.models.pretrained import BASES, load_base
 from fedlora_mini.models.zoo import MODELS, build
 
-__all__ = ["MODELS", "MiniSAM", "build", "load_base"]
+__all__ = ["BASES", "MODELS", "MiniSAM", "build", "load_base"]

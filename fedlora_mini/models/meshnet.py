@@ -55,12 +55,13 @@ class MeshNet(nn.Module):
     >>> model = prepare(load_base("meshnet", 2, (32, 32, 32), base="meshnet-brain"), "lora", rank=2)
     >>> axis = torch.arange(32.0)
     >>> z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
-    >>> ball = ((z - 14) ** 2 + (y - 16) ** 2 + (x - 18) ** 2 < 64).long()[None]  # (1, 32, 32, 32)
-    >>> image = (0.3 + 0.4 * ball[:, None]).expand(-1, 3, -1, -1, -1)
-    >>> optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    >>> ball = ((z - 12) ** 2 + (y - 16) ** 2 + (x - 18) ** 2 < 64).long()
+    >>> masks = torch.stack([ball, ball.flip(0)])  # (2, 32, 32, 32)
+    >>> images = (0.3 + 0.4 * masks[:, None]).expand(-1, 3, -1, -1, -1)
+    >>> optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     >>> losses = []
-    >>> for step in range(5):
-    ...     loss = segmentation_loss(model(image), ball).mean()
+    >>> for step in range(4):
+    ...     loss = segmentation_loss(model(images), masks).mean()
     ...     optimiser.zero_grad()
     ...     loss.backward()
     ...     optimiser.step()
@@ -75,9 +76,7 @@ class MeshNet(nn.Module):
         super().__init__()
         self.channels = channels
         sizes = [1] + [width] * len(dilations)
-        layers = [
-            nn.Conv3d(c, width, 3, padding=d, dilation=d) for c, d in zip(sizes[:-1], dilations, strict=True)
-        ]
+        layers = [nn.Conv3d(c, width, 3, padding=d, dilation=d) for c, d in zip(sizes[:-1], dilations, strict=True)]
         middle = dilations.index(max(dilations)) + 1
         self.encoder, self.decoder = nn.ModuleList(layers[:middle]), nn.ModuleList(layers[middle:])
         self.head = nn.Conv3d(width, classes, 1)
@@ -102,33 +101,36 @@ def quantile_scale(x: Tensor, low: float = 0.05, high: float = 0.95) -> Tensor:
     shape = (-1, *(1,) * (x.dim() - 1))
     bottom, top = (ordered[:, round(q * last)].view(shape) for q in (low, high))
     if (bottom == top).any():
-        raise FedloraError(f"an image has the same {low:.0%} and {high:.0%} quantile; crop the air around the body first")
+        raise FedloraError(
+            f"an image has the same {low:.0%} and {high:.0%} quantile; crop the air around the body first"
+        )
     return (x - bottom) / (top - bottom)
 
 
 def architecture(layers: list[Layer]) -> dict[str, Any]:
-    """The options of the `MeshNet` that a list of Keras layers describes; raises for anything that is not one."""
+    """The options of the `MeshNet` that a chain of Keras layers describes; raises if they describe another network."""
     convolutions = [layer["config"] for layer in layers if layer["class_name"] == "Conv3D"]
-    *body, head = convolutions or [{}]
-    expected = ["InputLayer", *["Conv3D", "Activation"] * len(body), "Conv3D"]
-    same = all(
-        c["kernel_size"] == [3 if c is not head else 1] * 3
-        and c["strides"] == [1, 1, 1]
-        and c["padding"] == "same"
-        and c["data_format"] == "channels_last"
-        and c["activation"] == "linear"
-        and c["use_bias"]
-        and c["filters"] == body[0]["filters"] * (c is not head) + head["filters"] * (c is head)
-        and len(set(c["dilation_rate"])) == 1
-        for c in convolutions
-    )
-    elu = all(layer["config"]["activation"] == "elu" for layer in layers if layer["class_name"] == "Activation")
-    if not body or [layer["class_name"] for layer in layers] != expected or not same or not elu:
-        raise FedloraError("the layers are no MeshNet: 3x3x3 'same' convolutions with ELU, then a 1x1x1 one, are needed")
+    if len(convolutions) < 2:
+        raise FedloraError(f"a MeshNet has at least two Conv3D layers, not {len(convolutions)}")
+    *body, head = convolutions
+    chain = ["InputLayer", *["Conv3D", "Activation"] * len(body), "Conv3D"]
+    if [layer["class_name"] for layer in layers] != chain:
+        raise FedloraError("the layers are no MeshNet: convolutions with an activation after each but the last")
+    common = {"strides": [1, 1, 1], "padding": "same", "data_format": "channels_last", "activation": "linear"}
+    inner = common | {"use_bias": True, "kernel_size": [3, 3, 3], "filters": body[0]["filters"]}
+    last = common | {"use_bias": True, "kernel_size": [1, 1, 1], "dilation_rate": [1, 1, 1]}
+    expected = [inner | {"dilation_rate": [config["dilation_rate"][0]] * 3} for config in body] + [last]
+    for config, wanted in zip(convolutions, expected, strict=True):
+        for key, value in wanted.items():
+            if config.get(key) != value:
+                raise FedloraError(f"'{config['name']}' of a MeshNet has {key} {value}, not {config.get(key)}")
+    for layer in layers:
+        if layer["class_name"] == "Activation" and layer["config"]["activation"] != "elu":
+            raise FedloraError(f"MeshNet's activation is elu, not {layer['config']['activation']}")
     return {
         "classes": head["filters"],
         "width": body[0]["filters"],
-        "dilations": tuple(c["dilation_rate"][0] for c in body),
+        "dilations": tuple(config["dilation_rate"][0] for config in body),
     }
 
 

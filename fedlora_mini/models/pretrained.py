@@ -1,7 +1,9 @@
-"""Frozen bases: networks with pre-trained weights, read from safetensors; the head is new for every task."""
+"""Frozen bases: networks with pre-trained weights, from a safetensors file or by name; each task has a new head."""
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,26 @@ from torch import nn
 
 from fedlora_mini.adapters.base import region
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.models import efficientnet, meshnet
 from fedlora_mini.models.zoo import build, check_size
+from fedlora_mini.state import State
 
 BUILT_IN = Path(__file__).parent / "pretrained"
+
+
+@dataclass(frozen=True)
+class Base:
+    """Weights that others have trained: their network, and a reader that says what to run if they are missing."""
+
+    model: str
+    read: Callable[[], tuple[State, dict[str, Any]]]  # (tensors, notes)
+    summary: str
+
+
+BASES: dict[str, Base] = {
+    "meshnet-brain": Base("meshnet", meshnet.read_weights, "brain tissue from T1 volumes (brainchop, MIT)"),
+    "imagenet": Base("efficientnet", efficientnet.read_weights, "ImageNet encoder, decoder from the seed (Apache-2.0)"),
+}
 
 
 def save_base(model: nn.Module, out: Path, metadata: dict[str, Any]) -> Path:
@@ -38,6 +57,18 @@ def read_base(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise FedloraError(f"cannot read base weights '{path}': {error}") from None
 
 
+def _read(name: str, base: str) -> tuple[State, dict[str, Any]]:
+    """The weights that `base` stands for, if they are for network `name`."""
+    if base in BASES:
+        if BASES[base].model != name:
+            raise FedloraError(f"base '{base}' is for model '{BASES[base].model}', not for '{name}'")
+        return BASES[base].read()
+    if not Path(base).is_file():
+        accepted = ", ".join(["auto", "none", *BASES])
+        raise FedloraError(f"cannot read base weights '{base}': no such file; accepted: {accepted}, or a file")
+    return read_base(Path(base))
+
+
 def load_base(
     name: str = "minisam",
     classes: int = 2,
@@ -49,22 +80,25 @@ def load_base(
     """A network for `classes` classes on a pre-trained base.
 
     base: "auto" = the weights in the package if there are any for this network, else random ones; "none" = random;
-    or the path of a file that `fedlora pretrain` wrote. The head is random from `seed`, unless `same_task`: then the
-    file's head is kept too (its number of classes must fit).
+    a name of `BASES`; or the path of a file that `fedlora pretrain` wrote. What the base does not hold is random from
+    `seed`, and so is the head, unless `same_task`: then the base's head is kept too (its number of classes must fit).
     """
     check_size(name, spatial)
     options: dict[str, Any] = {"img_size": spatial} if name.startswith("unetr") else {}
     model = build(name, classes, seed=seed, **options)
     shipped = BUILT_IN / f"{name}.safetensors"
-    path = shipped if base == "auto" else Path(base)
     if base == "none" or (base == "auto" and not shipped.exists()):
         return model
-    tensors, _ = read_base(path)
+    base = str(shipped) if base == "auto" else base
+    tensors, _ = _read(name, base)
+    heads = {n for n in tensors if region(model, n.rpartition(".")[0]) == "head"}
+    if same_task and not heads:
+        raise FedloraError(f"'{base}' holds no head for model '{name}': same_task cannot keep it")
     own = model.state_dict()
     for tensor_name, value in tensors.items():
-        if not same_task and region(model, tensor_name.rpartition(".")[0]) == "head":
+        if tensor_name in heads and not same_task:
             continue
         if tensor_name not in own or own[tensor_name].shape != value.shape:
-            raise FedloraError(f"'{path}' does not fit model '{name}': '{tensor_name}' {tuple(value.shape)}")
+            raise FedloraError(f"'{base}' does not fit model '{name}': '{tensor_name}' {tuple(value.shape)}")
         own[tensor_name].copy_(value)
     return model

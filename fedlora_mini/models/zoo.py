@@ -1,4 +1,4 @@
-"""MONAI networks by name, each with its regions written down. One row a network."""
+"""Networks by name, MONAI's and our own, each with its regions written down. One row a network."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.models.efficientnet import EfficientUNet
+from fedlora_mini.models.meshnet import MeshNet
 from fedlora_mini.models.minisam import MiniSAM
 
 
@@ -76,6 +78,8 @@ MODELS: dict[str, Entry] = {
     "swin_unetr3d": Entry(_swin_unetr(3), _TRANSFORMER, 3, 32, 64, "the same in 3D"),
     "segresnet": Entry(_segresnet(2), _RESNET, 2, 8, 16, "MONAI SegResNet: residual encoder, light decoder"),
     "segresnet3d": Entry(_segresnet(3), _RESNET, 3, 8, 16, "the same in 3D"),
+    "meshnet": Entry(MeshNet, _OWN, 3, 1, 16, "dilated 3D convolutions; base meshnet-brain: brain tissue from T1"),
+    "efficientnet": Entry(EfficientUNet, _OWN, 2, 32, 32, "EfficientNet-lite0 with a light decoder; base imagenet"),
 }
 
 

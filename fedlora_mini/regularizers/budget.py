@@ -1,6 +1,6 @@
 """b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))³: a number of directions that all layers share."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.regularizers.base import Context, Regularizer
+from fedlora_mini.regularizers.names import moving, note_moving
 from fedlora_mini.regularizers.scope import clock, layers
 from fedlora_mini.state import State
 
@@ -46,9 +47,10 @@ class _Sensitivity:
                 total = total + self.score(f"{path}.{factor}").mean(axis)
         return total
 
-    def mask(self, paths: list[str], b: int) -> State:
-        """True for the b directions with the highest scores over all layers, by the name of their v."""
+    def mask(self, paths: list[str], b: int, gone: State) -> State:
+        """True for the b directions with the highest scores over all layers, by their v's name; `gone` come last."""
         scores = [self.directions(path) for path in paths]
+        scores = [s.masked_fill(gone[path], -1.0) if path in gone else s for path, s in zip(paths, scores, strict=True)]
         best = torch.cat(scores).argsort(descending=True, stable=True)[:b]
         kept = torch.zeros(sum(len(s) for s in scores), dtype=torch.bool, device=best.device)
         kept[best] = True
@@ -66,9 +68,9 @@ class RankBudget(Regularizer):
 
     `final` and `start` are mean ranks per layer: b_T = round(final * layers), b_0 likewise (None: all that there are).
     `warm` = t_i / T and `cool` = t_f / T are shares, ours to make the schedule fit any T. T is the steps of a round, or
-    `total` steps counted through the rounds. The averages start anew in each round. Clients choose for themselves, so
-    the mean of their v may keep more than b(t) directions; a pattern on which they agree stays, since a direction with
-    v_i = 0 has importance 0. Zhang et al. 2023; methods.md section 8.1.
+    `total` steps counted through the rounds. The averages start anew in each round; in a round that begins with
+    the mask frozen, v_i = 0 stays 0. Clients choose for themselves, so the mean of their v may keep more than b(t)
+    directions. Zhang et al. 2023; methods.md section 8.1.
     """
 
     final: float
@@ -93,6 +95,7 @@ class RankBudget(Regularizer):
         return f"rank budget, mean rank {self.final:g}"
 
     def gradient_(self, gradient: State, state: State, context: Context) -> None:
+        note_moving(self, gradient, context)
         own = context.memory.setdefault("budget", _Sensitivity())
         if own.frozen is None:
             for path in layers(context, self.label, Diagonal):
@@ -101,7 +104,7 @@ class RankBudget(Regularizer):
                         own.update(name, (state[name] * gradient[name]).abs(), self.beta1, self.beta2)
 
     def prox_(self, state: State, context: Context) -> None:
-        own = context.memory.get("budget", _Sensitivity())
+        moves, own = moving(self, context), context.memory.get("budget", _Sensitivity())
         paths = [path for path in layers(context, self.label, Diagonal) if f"{path}.v" in own.mean]
         t, T = clock(context, self.total)
         t_i, t_f = round(self.warm * T), round(self.cool * T)
@@ -111,8 +114,11 @@ class RankBudget(Regularizer):
         ranks = [len(state[f"{path}.v"]) for path in paths]
         b_0 = sum(ranks) if self.start is None else round(self.start * len(paths))
         b_T = max(1, round(self.final * len(paths)))
-        kept = own.frozen or own.mask(paths, cubic(t, T, t_i, t_f, b_0, b_T))
+        began, _ = clock(replace(context, step=0), self.total)
+        gone = {path: context.start[f"{path}.v"] == 0 for path in paths if 0 < T - t_f <= began}
+        kept = own.frozen or own.mask(paths, cubic(t, T, t_i, t_f, b_0, b_T), gone)
         if last:
             own.frozen = kept
         for name, mask in kept.items():
-            state[name].masked_fill_(~mask, 0.0)
+            if name in moves:
+                state[name].masked_fill_(~mask, 0.0)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fedlora_mini.adapters.prilora import PRILoRA
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.regularizers.base import Context, Regularizer
+from fedlora_mini.regularizers.names import moving, note_moving
 from fedlora_mini.regularizers.scope import layers
 from fedlora_mini.state import State
 
@@ -43,11 +44,16 @@ class InputMask(Regularizer):
     def label(self) -> str:  # type: ignore[override]
         return f"input mask, {self.ratio:.0%} of A every {self.every} steps"
 
+    def gradient_(self, gradient: State, state: State, context: Context) -> None:
+        note_moving(self, gradient, context)
+
     def prox_(self, state: State, context: Context) -> None:
+        moves = moving(self, context)
         averages: State = context.memory.setdefault("mask", {})
         for path, layer in layers(context, self.label, PRILoRA).items():
             seen = layer.seen if context.index is None else layer.seen[context.index]  # (n,)
             averages[path] = torch.lerp(seen, averages.get(path, seen), self.beta)
-            if ((context.round - 1) * context.steps + context.step) % self.every == 0:
+            t = (context.round - 1) * context.steps + context.step
+            if t % self.every == 0 and f"{path}.A" in moves:
                 A = state[f"{path}.A"]
                 A.masked_fill_(least(A.abs() * averages[path], self.ratio), 0.0)

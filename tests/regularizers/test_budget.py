@@ -11,8 +11,10 @@ from fedlora_mini.adapters.base import trainable
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.federation.schedule import Schedule
 from fedlora_mini.regularizers.base import Context
 from fedlora_mini.regularizers.budget import RankBudget, cubic
+from fedlora_mini.regularizers.orthogonal import Orthogonality
 
 
 def alive(state):
@@ -86,7 +88,8 @@ def test_it_is_the_loop(start):
     g, T = torch.Generator().manual_seed(0), 20
     term = RankBudget(1.5, start, warm=0.1, cool=0.2, every=3, beta1=0.8, beta2=0.7)
     layers = {"p": Diagonal(nn.Linear(5, 4), 3), "q": Diagonal(nn.Linear(2, 6), 4)}
-    state = {f"{p}.{f}": torch.randn(getattr(layer, f).shape, generator=g).double() for p, layer in layers.items() for f in layer.factors}
+    shapes = {f"{p}.{f}": getattr(layer, f).shape for p, layer in layers.items() for f in layer.factors}
+    state = {name: torch.randn(shape, generator=g).double() for name, shape in shapes.items()}
     other, loop, memory, counts = S.clone(state), Loop(term, T, list(layers)), {}, []
     for t in range(1, T + 1):
         gradient = {name: torch.randn(value.shape, generator=g).double() for name, value in state.items()}
@@ -97,6 +100,9 @@ def test_it_is_the_loop(start):
         term.prox_(state, context)
         other = loop.step(t, other, gradient, moved)
         assert all(torch.equal(state[name], other[name]) for name in state), t
+        for name, value in state.items():
+            scores = [loop.score(name, *index) for index in itertools.product(*map(range, value.shape))]
+            assert memory["budget"].score(name).flatten().tolist() == pytest.approx(scores, rel=1e-9)
         counts.append(count(state))
     assert counts[:2] == [7, 7] and counts[2] < 7  # warm up, then a first mask at step 3
     assert counts[3] == 7  # between masks what was zero trains on
@@ -126,11 +132,11 @@ def test_the_number_of_directions_follows_the_schedule_and_the_last_mask_stays(a
 
 
 def test_a_frozen_pattern_outlives_the_round(adapted, fit):
-    """Memory ends with the round; what is zero has no importance and stays zero all the same."""
+    """Memory ends with the round, and AdaLoRA's orthogonality gives masked directions a gradient: they stay zero."""
     model = adapted(Diagonal, rank=4, start="unit")
     term, state, patterns = RankBudget(1, cool=0.5, every=2, total=18), None, []
     for round in (1, 2, 3, 4):
-        [state] = fit(model, term, round=round, start=state, steps=6)
+        [state] = fit(model, Orthogonality(10.0), term, round=round, start=state, steps=6)
         patterns.append(alive(state))
     assert count(state) == len(patterns[0])
     for name in patterns[1]:
@@ -144,6 +150,16 @@ def test_it_leaves_everything_but_v_alone(adapted, fit):
         if not name.endswith(".v"):
             assert torch.equal(value, plain[name])
         assert torch.equal(value[value != 0], plain[name][value != 0])
+
+
+def test_a_v_that_stands_still_keeps_its_bits(adapted, fit):
+    """v moves at odd steps only: a mask that falls on an even one waits."""
+    model = adapted(Diagonal, rank=4, start="unit")
+    odd = Schedule("v at odd steps", lambda key, round, step: key.factor != "v" or step % 2 == 1)
+    d = 4 * len(alive(trainable(model)))
+    for steps, directions in ((6, d), (7, d // 4), (8, d // 4)):
+        [end] = fit(model, RankBudget(1, cool=0.25, every=2, total=8), schedule=odd, steps=steps)
+        assert count(end) == directions
 
 
 def test_grouped_clients_end_like_sequential_ones_and_always_alike(adapted, fit):

@@ -97,6 +97,14 @@ def test_it_is_drawn_again_from_words_and_another_one_for_every_step():
     assert ratio.std() > 0.1  # not the same numbers, only larger
 
 
+def test_layers_of_one_shape_have_different_noise():
+    adapter, state = wrapped(nn.Linear(5, 4), rank=1)
+    twin = {"P": adapter, "Q": adapter}
+    both = state | {name.replace("P", "Q"): value for name, value in state.items()}
+    seen = FlatNoise().view(both, Context(1, 2, {}, {}, 0.1, 4, layers=twin))
+    assert not torch.equal(seen["P.base.weight"], seen["Q.base.weight"])
+
+
 def test_a_step_takes_the_gradient_at_the_noisy_weights(adapted, fit):
     model = adapted(LoRA, torch.float64, noise=0.1, rank=2)
     start, term = trainable(model), FlatNoise(0.5)

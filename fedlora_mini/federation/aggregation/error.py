@@ -23,7 +23,7 @@ def aggregation_error(
     numerator = denominator = 0.0
     for path, adapter in adapters(model):
         names = {factor: f"{path}.{factor}" for factor, _ in adapter.named_parameters(recurse=False)}
-        if adapter.linear or any(private(name) for name in names.values()):
+        if adapter.linear or not adapter.merges or any(private(name) for name in names.values()):
             continue
         clients = {f: torch.stack([u.state.get(n, before[n]) for u in updates]).double() for f, n in names.items()}
         weights = next(iter(clients.values())).new_tensor([u.weight / total for u in updates])
