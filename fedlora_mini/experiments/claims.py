@@ -52,6 +52,23 @@ class Claim:
         return f"{self.shots}-shot {self.metric}" if self.shots else f"{self.protocol} {self.metric}"
 
 
+def _fewshot(
+    text: str,
+    a: str,
+    b: str,
+    sign: int,
+    *,
+    shots: int = 5,
+    results: str = "fewshot_phantom.jsonl",
+    metric: str = "dice",
+    margin: float = MARGIN,
+    source: str = "baklouti2025arena",
+    matched: str = "steps, stopping rule, batches, labelled and test images; each rate from one grid on another task",
+    not_matched: str = "λ and ρ of ARENA, chosen on that other task",
+) -> Claim:
+    return Claim(text, a, b, results, sign, "", metric, margin, source, matched, not_matched, shots)
+
+
 CLAIMS: dict[str, Claim] = {
     "fedit-below-local": Claim(
         "When sites differ in appearance, one shared LoRA (FedIT) is worse for a site's own data than training alone.",
@@ -117,6 +134,69 @@ CLAIMS: dict[str, Claim] = {
         0,
         matched="rounds, local steps, batches, initial weights, data",
         not_matched="trained parameters and bytes (ten times as many for FedAvg); each with its own learning rate",
+    ),
+    "arena-over-lora-5": _fewshot(
+        "From five images, ARENA segments a thin new organ better than LoRA of the same initial rank.",
+        "arena-8",
+        "lora-8",
+        +1,
+    ),
+    "arena-over-lora-10": _fewshot(
+        "From ten images, ARENA segments a thin new organ better than LoRA of the same initial rank.",
+        "arena-8",
+        "lora-8",
+        +1,
+        shots=10,
+    ),
+    "arena-flat-in-rank": _fewshot(
+        "ARENA's Dice depends less on its initial rank than LoRA's on its rank: smaller range over 4, 8, 16, 32.",
+        "arena-4|arena-8|arena-16|arena-32",
+        "lora-4|lora-8|lora-16|lora-32",
+        -1,
+        metric="range of dice",
+    ),
+    "arena-rank-falls": _fewshot(
+        "A larger weight λ of the l1 norm leaves a smaller rank.",
+        "arena-16-lam0.03",
+        "arena-16-lam0.003",
+        -1,
+        metric="rank",
+        margin=1.0,
+        matched="start, initial rank, ρ, steps, batches, labelled and test images",
+        not_matched="learning rate of A and B (searched for each)",
+    ),
+    "arena-vacuous-l1": _fewshot(
+        "Without a fixed gauge or decay the l1 penalty shrinks v more than it shrinks ΔW: ||v||_1 / ||ΔW||_* falls.",
+        "free-lam",
+        "free-lam0",
+        -1,
+        metric="log l1_v / nuclear",
+        margin=0.01,
+        source="",
+    ),
+    "arena-vacuous-l1-same-update": _fewshot(
+        "It does so at an unchanged update: the nuclear norm of ΔW stays.",
+        "free-lam",
+        "free-lam0",
+        0,
+        metric="log nuclear",
+        margin=0.05,
+        source="",
+    ),
+    "full-overfits": _fewshot(
+        "From five images full fine-tuning overfits: it is worse than LoRA.",
+        "full",
+        "lora-8",
+        -1,
+        source="",
+        not_matched="trained parameters (ten times as many)",
+    ),
+    "arena-over-sora": _fewshot(
+        "Proximal steps on v (ARENA) score higher than SoRA's thresholded Adam steps.",
+        "arena-8",
+        "sora",
+        +1,
+        not_matched="λ and ρ: ARENA's were chosen on the tuning task, SoRA's are those of its code",
     ),
 }
 

@@ -29,7 +29,7 @@ def test_the_address_is_stated_once() -> None:
     holders = {
         path.relative_to(project.ROOT).as_posix()
         for path in tracked()
-        if path.is_file() and path.parent != project.NOTEBOOKS and address in path.read_bytes()
+        if path.is_file() and path.suffix != ".ipynb" and address in path.read_bytes()
     }
     assert holders == {"pyproject.toml"}
 

@@ -34,9 +34,9 @@ def of(results: Sequence[Result], arm: str, shots: int | None = None, tasks: Seq
 
 
 def value(result: Result, metric: str) -> float:
-    """A number of a run by name; `log …` is its logarithm."""
-    name = metric.removeprefix("log ")
-    number = float(result[name])
+    """A number of a run by name, a quotient "a / b" of two, or the logarithm "log …" of either."""
+    top, over, bottom = metric.removeprefix("log ").partition(" / ")
+    number = float(result[top]) / (float(result[bottom]) if over else 1.0)
     return float(np.log(number)) if metric.startswith("log ") else number
 
 
