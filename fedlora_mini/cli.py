@@ -266,7 +266,7 @@ def _add_run_settings(parser: argparse.ArgumentParser) -> None:
     add("--dirichlet", type=float, metavar="ALPHA", help="deal the images anew, Dirichlet(ALPHA) over their origin")
     add("--clients", type=int, help="with --dirichlet: to so many clients")
     add("--model", help="a network (see `fedlora models`) [minisam]")
-    add("--base", help="auto, none, or a file made by `fedlora pretrain` [auto]")
+    add("--base", help="auto, none, meshnet-brain, imagenet, or a file of `fedlora pretrain` [auto]")
     add("--rank", type=int, help="rank r of the adapters [4]")
     add("--alpha", type=float, help="scale s = alpha / r [alpha = r]")
     add("--rounds", type=int, help="rounds of communication [10]")

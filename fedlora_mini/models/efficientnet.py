@@ -123,7 +123,7 @@ class EfficientUNet(nn.Module):
     shown three times.
 
     The input is scaled by (255 x - 127) / 128, with which the lite networks were trained (their TensorFlow code; the
-    larger EfficientNets take ImageNet's mean and deviation instead). Adapted by low-rank convolutions:
+    larger EfficientNets take ImageNet's mean and deviation instead). Adapted by LoRA:
 
     >>> from fedlora_mini.adapters import prepare
     >>> from fedlora_mini.data import phantom

@@ -2,7 +2,8 @@
 
 A voxel sees 1 + 2 * 46 = 93 voxels along each axis with 87,183 parameters (20 channels, 3 classes). The weights are
 brainchop's tissue model (background, white matter, grey matter), trained on whole T1 volumes. It expects the axes of a
-"conformed" volume, which for an array in RAS order is `x[::-1].transpose(0, 2, 1)[:, ::-1]`, and `quantile_scale`.
+"conformed" volume, which for an array in RAS order is `x[::-1].transpose(0, 2, 1)[:, ::-1]`, and `quantile_scale`:
+on the MNI152 template cropped to the head its Dice is then 0.86 for white and for grey matter, unscaled 0.47.
 
 Fedorov et al., "End-to-end learning of brain tissue segmentation from imperfect labeling", IJCNN 2017; weights: github
 neuroneural/brainchop, commit 4c87885, public/models/model20chan3cls, MIT.
@@ -47,7 +48,8 @@ class MeshNet(nn.Module):
     """(N, channels, D, H, W) -> logits (N, classes, D, H, W), any size. More than one channel is averaged to one.
 
     Regions: `encoder` is the layers up to and with the largest dilation (the field of view grows), `decoder` the ones
-    after it (it narrows again), `head` the last 1x1x1. Adapted by low-rank convolutions:
+    after it (it narrows again), `head` the last 1x1x1. On a CPU one 32^3 volume takes four times as long as 33^3:
+    PyTorch has a fast dilated convolution, but only for N > 1 or channels * D * H > 20,480. Adapted by LoRA:
 
     >>> from fedlora_mini.adapters import prepare
     >>> from fedlora_mini.losses import segmentation_loss

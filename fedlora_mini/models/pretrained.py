@@ -27,12 +27,11 @@ class Base:
 
     model: str
     read: Callable[[], tuple[State, dict[str, Any]]]  # (tensors, notes)
-    summary: str
 
 
 BASES: dict[str, Base] = {
-    "meshnet-brain": Base("meshnet", meshnet.read_weights, "brain tissue from T1 volumes (brainchop, MIT)"),
-    "imagenet": Base("efficientnet", efficientnet.read_weights, "ImageNet encoder, decoder from the seed (Apache-2.0)"),
+    "meshnet-brain": Base("meshnet", meshnet.read_weights),  # all of it: white and grey matter from T1 volumes
+    "imagenet": Base("efficientnet", efficientnet.read_weights),  # the encoder
 }
 
 

@@ -49,8 +49,8 @@ class L1(Regularizer):
     - eta: None is ρ, which makes it proximal gradient descent on L + λ ||v||_1; the source has distinct symbols.
     - threshold: "scaled" is η λ, "plain" is λ itself at every step (the first of SoRA's two optimisers).
     - step: "sgd", or "adam" with moments of its own. Then metric "euclidean" thresholds Adam's step by η λ, as SoRA
-      does: no proximal step of anything. "adam" is the exact one in the metric diag(sqrt(û) + ε) in which Adam
-      descends: threshold η λ / (sqrt(û_i) + ε).
+      does, which is the proximal step of no metric; "adam" is the exact one in the metric diag(sqrt(û) + ε) in which
+      Adam descends: threshold η λ / (sqrt(û_i) + ε).
     - order: "simultaneous" uses the gradient at (A, B, v)_t; "gauss_seidel" takes it again after A and B have moved.
     - weight: SoRA's code also adds weight * mean |v_i| over all gates to the loss.
     - ramp: (λ at the end, steps until then, counted through the rounds): λ grows linearly from `lam`.
@@ -113,7 +113,7 @@ class L1(Regularizer):
         if self.order == "gauss_seidel" and gradient:
             fresh = context.again()
             gradient = {name: fresh[name] for name in gradient}
-        moments = context.memory.setdefault(f"moments {self!r}", {})
+        moments = context.memory.setdefault("moments of l1", {})  # by name
         rho = context.lr if self.rho is None else self.rho * context.pace
         tau = self._threshold(context, rho)
         for name, g in gradient.items():

@@ -74,6 +74,8 @@ def test_a_client_that_diverged_is_neither_mended_nor_an_error(adapted, wrap, op
     model = adapted(wrap, **options)
     state = {name: torch.full_like(value, float("nan")) for name, value in trainable(model).items()}
     context = Context(1, 1, S.clone(state), keys(model, list(state)), 0.1, layers=dict(adapters(model)))
+    loss = term.penalty({name: value.clone().requires_grad_() for name, value in state.items()}, context)
+    assert loss == 0 or loss.isnan()
     term.gradient_(S.clone(state), state, context)
     term.prox_(state, context)
     assert not any(value.isfinite().any() for value in state.values())
