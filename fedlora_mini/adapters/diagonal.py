@@ -102,7 +102,7 @@ def prune(model: nn.Module) -> nn.Module:
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, adapter.base)
         elif r < adapter.rank:
-            smaller = Diagonal(adapter.base, r, adapter.scaling * r, adapter.start)
+            smaller = Diagonal(adapter.base, r, adapter.scaling * r, adapter.start, torch.Generator())
             smaller.A, smaller.v, smaller.B = (
                 nn.Parameter(t.clone()) for t in (adapter.A[kept], adapter.v[kept], adapter.B[:, kept])
             )

@@ -34,12 +34,15 @@ class Magnitude(Adapter):
         W = to_matrix(self.base, self.frozen()).detach()
         cross = (P * (Q @ W.T).mT).sum(-1)  # (m,)
         own = (P @ (Q @ Q.mT) * P).sum(-1)
-        return (W.square().sum(-1) + 2 * cross + own).clamp(min=0).sqrt()
+        squares = torch.linalg.vector_norm(W, dim=-1).square() + 2 * cross + own
+        zero = squares <= 0
+        return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)  # the root has no gradient at zero
 
     def ratio(self, P: Tensor, Q: Tensor) -> Tensor:
-        """c: (m,) or (G, m). A row of zeros has c = 0."""
+        """c: (m,) or (G, m). A row of zeros has no direction: c = 0, whatever g is."""
         norm = self.row_norms(P, Q)
-        return self.g / (norm.detach() if self.detach else norm).clamp(min=torch.finfo(norm.dtype).tiny)
+        norm = norm.detach() if self.detach else norm
+        return self.g / norm.masked_fill(norm == 0, torch.inf)
 
     def adapted(self, x: Tensor) -> Tensor:
         P, Q = self.pair()
@@ -49,7 +52,7 @@ class Magnitude(Adapter):
 
     def folded(self) -> State:
         P, Q = self.pair()
-        W = to_matrix(self.base, self.base.weight) + P @ Q
+        W = to_matrix(self.base, self.frozen()) + P @ Q
         return {"weight": to_weight(self.base, self.ratio(P, Q).unsqueeze(-1) * W)}
 
     def delta(self) -> Tensor:

@@ -44,7 +44,8 @@ class MixtureSARA(Adapter):
         linear = isinstance(self.base, nn.Linear)
         mean = x.flatten(1, -2).mean(1) if linear and x.dim() > 2 else x if linear else x.flatten(2).mean(2)  # (N, c)
         v, router = (t.reshape(-1, *t.shape[-2:]) for t in (self.v, self.router))  # (G, k, r), (G, k, c)
-        omega = (mean.reshape(v.shape[0], -1, mean.shape[1]) @ router.mT).softmax(-1)  # (G, N/G, k)
+        G = max(len(v), len(router))  # either may be common to all groups
+        omega = (mean.reshape(G, -1, mean.shape[1]) @ router.mT).softmax(-1)  # (G, N/G, k)
         return (omega @ v).reshape(x.shape[0], -1)
 
     def path(self, x: Tensor) -> Tensor:

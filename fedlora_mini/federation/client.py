@@ -129,7 +129,8 @@ def train(
                 value, _ = objective(x, y)
                 return dict(zip(moving, torch.autograd.grad(value, list(moving.values())), strict=True))
 
-        fresh: dict[str, Any] = {"step": step, "lr": budget.lr * now, "pace": now, "restart": set()}
+        moves = frozenset(name for name in movable if params[name].requires_grad)
+        fresh: dict[str, Any] = {"moves": moves, "step": step, "lr": budget.lr * now, "pace": now, "restart": set()}
         contexts = [replace(c, **fresh, again=c.again if grouped else again) for c in contexts]
         value, losses = objective(x, y)
         optimiser.zero_grad(set_to_none=True)  # what has no gradient, the optimiser leaves alone

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedlora_mini.adapters.base import Adapter, adapters
+from fedlora_mini.adapters.dora import Magnitude
 from fedlora_mini.state import State
 
 
@@ -19,10 +20,13 @@ class _Pair(nn.Module):
 
 @torch.no_grad()
 def pairs(model: nn.Module, state: State) -> dict[str, tuple[Tensor, Tensor]]:
-    """path -> (P, Q) of every adapter with ΔW = P Q, for the factors in `state`."""
+    """path -> (P, Q) of every adapter with ΔW = P Q, for the factors in `state`.
+
+    Not of DoRA and EDoRA: they scale the rows of W_0 + P Q, and ΔW has full rank.
+    """
     out = {}
     for path, adapter in adapters(model):
-        if hasattr(adapter, "pair"):
+        if hasattr(adapter, "pair") and not isinstance(adapter, Magnitude):
             own = {f"adapter.{f}": state[f"{path}.{f}"] for f in adapter.factors if f"{path}.{f}" in state}
             out[path] = functional_call(_Pair(adapter), own, ())
     return out
@@ -48,5 +52,5 @@ def effective_rank(sigma: Tensor) -> float:
 
     Roy and Vetterli 2007.
     """
-    p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny)
-    return float(torch.exp(-(p * p.clamp(min=1e-300).log()).sum())) if sigma[0] > 0 else 0.0
+    total = sigma.sum()
+    return float(torch.special.entr(sigma / total).sum().exp()) if total > 0 else 0.0

@@ -27,6 +27,7 @@ class Context:
     steps: int = 1  # local steps of the round
     pace: float = 1.0  # lr of this step / the budget's lr, by the schedule
     layers: Mapping[str, Adapter] = field(default_factory=dict)  # path -> adapter, for its frozen layer and settings
+    moves: frozenset[str] = frozenset()  # names that move at this step; what stands still keeps its bits
     index: int | None = None  # the client's place on the group axis; None where clients train one after the other
     memory: dict[str, Any] = field(default_factory=dict)  # its own, kept from step to step within a round
     restart: set[str] = field(default_factory=set)  # names put in here: the optimiser forgets its moments of them

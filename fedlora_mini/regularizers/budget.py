@@ -8,7 +8,6 @@ from torch import Tensor
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.regularizers.base import Context, Regularizer
-from fedlora_mini.regularizers.names import moving, note_moving
 from fedlora_mini.regularizers.scope import clock, layers
 from fedlora_mini.state import State
 
@@ -95,7 +94,6 @@ class RankBudget(Regularizer):
         return f"rank budget, mean rank {self.final:g}"
 
     def gradient_(self, gradient: State, state: State, context: Context) -> None:
-        note_moving(self, gradient, context)
         own = context.memory.setdefault("budget", _Sensitivity())
         if own.frozen is None:
             for path in layers(context, self.label, Diagonal):
@@ -104,7 +102,7 @@ class RankBudget(Regularizer):
                         own.update(name, (state[name] * gradient[name]).abs(), self.beta1, self.beta2)
 
     def prox_(self, state: State, context: Context) -> None:
-        moves, own = moving(self, context), context.memory.get("budget", _Sensitivity())
+        moves, own = context.moves, context.memory.get("budget", _Sensitivity())
         paths = [path for path in layers(context, self.label, Diagonal) if f"{path}.v" in own.mean]
         t, T = clock(context, self.total)
         t_i, t_f = round(self.warm * T), round(self.cool * T)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fedlora_mini.errors import unknown
 from fedlora_mini.regularizers.base import Context, Regularizer
-from fedlora_mini.regularizers.names import moving, named, note_moving
+from fedlora_mini.regularizers.names import named
 from fedlora_mini.regularizers.proximal import shrink
 from fedlora_mini.state import State
 
@@ -41,11 +41,8 @@ class WeightDecay(Regularizer):
         squares = [state[name].square().sum() for name in named(self, state, context, *self.on)]
         return 0.5 * self.mu * torch.stack(squares).sum()
 
-    def gradient_(self, gradient: State, state: State, context: Context) -> None:
-        note_moving(self, gradient, context)
-
     def prox_(self, state: State, context: Context) -> None:
-        moves = moving(self, context)
+        moves = context.moves
         if self.form == "proximal":
             for name in named(self, state, context, *self.on):
                 if name in moves:

@@ -8,7 +8,6 @@ from torch import Tensor
 from fedlora_mini.adapters.prilora import PRILoRA
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.regularizers.base import Context, Regularizer
-from fedlora_mini.regularizers.names import moving, note_moving
 from fedlora_mini.regularizers.scope import layers
 from fedlora_mini.state import State
 
@@ -44,11 +43,8 @@ class InputMask(Regularizer):
     def label(self) -> str:  # type: ignore[override]
         return f"input mask, {self.ratio:.0%} of A every {self.every} steps"
 
-    def gradient_(self, gradient: State, state: State, context: Context) -> None:
-        note_moving(self, gradient, context)
-
     def prox_(self, state: State, context: Context) -> None:
-        moves = moving(self, context)
+        moves = context.moves
         averages: State = context.memory.setdefault("mask", {})
         for path, layer in layers(context, self.label, PRILoRA).items():
             seen = layer.seen if context.index is None else layer.seen[context.index]  # (n,)

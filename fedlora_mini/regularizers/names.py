@@ -1,8 +1,6 @@
-"""Which tensors a regulariser acts on, and which of them move at this step: what stands still keeps its bits."""
+"""Which tensors a regulariser acts on, and whether they move together at a step."""
 
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.regularizers.base import Context, Regularizer
@@ -16,16 +14,6 @@ def named(term: Regularizer, state: State, context: Context, *factors: str) -> l
         there = ", ".join(sorted({context.keys[name].factor for name in state})) or "none"
         raise FedloraError(f"'{term.label}' needs factors {' or '.join(factors)}; factors here: {there}")
     return found
-
-
-def note_moving(term: Regularizer, gradient: Mapping[str, Tensor], context: Context) -> None:
-    """Called in `gradient_`: only what has a gradient moves at this step. `moving` reads it in `prox_`."""
-    context.memory[f"moving {term!r}"] = frozenset(gradient)
-
-
-def moving(term: Regularizer, context: Context) -> frozenset[str]:
-    """The names that move at this step."""
-    return context.memory.pop(f"moving {term!r}", frozenset())
 
 
 def together(term: Regularizer, names: Sequence[str], moves: frozenset[str]) -> bool:

@@ -9,7 +9,7 @@ from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.regularizers.base import Context, Regularizer
-from fedlora_mini.regularizers.names import moving, named, note_moving, together
+from fedlora_mini.regularizers.names import named, together
 from fedlora_mini.regularizers.proximal import group_soft_threshold, weighted_soft_threshold
 from fedlora_mini.regularizers.scope import clock, layers
 from fedlora_mini.state import State
@@ -104,12 +104,11 @@ class L1(Regularizer):
         return self.weight * torch.cat(gates).abs().mean()
 
     def gradient_(self, gradient: State, state: State, context: Context) -> None:
-        note_moving(self, gradient, context)
         names = named(self, state, context, self.factor)
         context.memory[f"gradient {self!r}"] = {name: gradient.pop(name) for name in names if name in gradient}
 
     def prox_(self, state: State, context: Context) -> None:
-        gradient, moves = context.memory.pop(f"gradient {self!r}", {}), moving(self, context)
+        gradient, moves = context.memory.pop(f"gradient {self!r}", {}), context.moves
         if self.order == "gauss_seidel" and gradient:
             fresh = context.again()
             gradient = {name: fresh[name] for name in gradient}
@@ -167,11 +166,8 @@ class GroupLasso(Regularizer):
     def label(self) -> str:  # type: ignore[override]
         return f"group lasso on {self.groups}, lambda {self.lam:g}"
 
-    def gradient_(self, gradient: State, state: State, context: Context) -> None:
-        note_moving(self, gradient, context)
-
     def prox_(self, state: State, context: Context) -> None:
-        moves, tau = moving(self, context), context.lr * self.lam
+        moves, tau = context.moves, context.lr * self.lam
         roles = ("B", "A") if self.groups == "directions" else (self.groups,)
         for path in layers(context, self.label, LoRA, Diagonal):
             if not together(self, [f"{path}.{role}" for role in roles], moves):

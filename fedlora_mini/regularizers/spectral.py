@@ -10,7 +10,6 @@ from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.regularizers.base import Context, Regularizer
-from fedlora_mini.regularizers.names import moving, note_moving
 from fedlora_mini.regularizers.proximal import l1_minus_l2, soft_threshold
 from fedlora_mini.regularizers.scope import layers
 from fedlora_mini.regularizers.spectrum import each_spectrum, threshold_
@@ -65,11 +64,8 @@ class NuclearNorm(Regularizer):
             return self.lam * sum(_half_squares(state, path, layer) for path, layer in found)
         return 0.0
 
-    def gradient_(self, gradient: State, state: State, context: Context) -> None:
-        note_moving(self, gradient, context)
-
     def prox_(self, state: State, context: Context) -> None:
-        moves = moving(self, context)
+        moves = context.moves
         if self.form == "proximal":
             threshold_(self, state, context, moves, partial(soft_threshold, tau=context.lr * self.lam))
 
@@ -122,11 +118,8 @@ class NuclearFrobenius(Regularizer):
             total = total + norms + 0.5 * self.ridge * sigma.square().sum()
         return self.lam * total
 
-    def gradient_(self, gradient: State, state: State, context: Context) -> None:
-        note_moving(self, gradient, context)
-
     def prox_(self, state: State, context: Context) -> None:
-        moves, tau = moving(self, context), context.lr * self.lam
+        moves, tau = context.moves, context.lr * self.lam
         if self.form == "proximal":
             prox = partial(l1_minus_l2, tau=tau, alpha=self.alpha, ridge=self.ridge)
             threshold_(self, state, context, moves, prox)

@@ -152,7 +152,15 @@ def test_a_tuning_task_is_not_reported(tmp_path):
 
 def fake(arm, split, dice, task="vessel", shots=5, **more):
     config = {"arm": arm, "split": split, "task": task, "shots": shots, "lr": 1e-2}
-    base = {"event": "result", "hd95": 1.0, "trained": 100, "kept": 50, "rank": 3, "steps": 9, "ranks": {"a": 1, "b": 2}}
+    base = {
+        "event": "result",
+        "hd95": 1.0,
+        "trained": 100,
+        "kept": 50,
+        "rank": 3,
+        "steps": 9,
+        "ranks": {"a": 1, "b": 2},
+    }
     return base | {"config": config, "dice": dice} | more
 
 

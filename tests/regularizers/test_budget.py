@@ -1,6 +1,7 @@
 """AdaLoRA's budget: against a loop over single numbers, and in training how many directions live, where and when."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,7 @@ def test_it_is_the_loop(start):
     for t in range(1, T + 1):
         gradient = {name: torch.randn(value.shape, generator=g).double() for name, value in state.items()}
         context = Context(1, t, {}, {}, 0.1, T, layers=layers, memory=memory)
+        context = replace(context, moves=frozenset(gradient))
         term.gradient_(gradient, state, context)
         moved = S.add(other, gradient, -0.1)
         state = S.add(state, gradient, -0.1)

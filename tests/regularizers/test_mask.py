@@ -45,7 +45,8 @@ def test_the_average_of_input_norms_decides_at_every_nth_step_of_all_rounds():
         layer.seen = torch.rand(6, generator=g)
         average = layer.seen if average is None else 0.6 * average + 0.4 * layer.seen
         expected = oracle(A, average, 0.5) if step == 3 else A.clone()
-        context = Context(3, step, {}, {}, 0.1, 4, layers={"P": layer}, memory=memory)
+        moves = frozenset({"P.A"})
+        context = Context(3, step, {}, {}, 0.1, 4, layers={"P": layer}, memory=memory, moves=moves)
         term.gradient_({"P.A": torch.zeros(2, 6)}, {"P.A": A}, context)
         term.prox_({"P.A": A}, context)
         assert torch.equal(A, expected)

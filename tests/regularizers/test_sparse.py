@@ -45,6 +45,7 @@ def stepped(term, state, gradient, context):
     """`gradient_` and `prox_` with no optimiser between: what is left in the gradient, and the state after."""
     state, gradient = dict(state), dict(gradient)
     state = {name: value.clone() for name, value in state.items()}
+    context = replace(context, moves=frozenset(gradient))
     term.gradient_(gradient, state, context)
     term.prox_(state, context)
     return gradient, state
@@ -248,6 +249,7 @@ def regress(adapter, *terms, steps, lr=0.1, at=()):
         with torch.no_grad():
             gradient = {name: p.grad for name, p in state.items()}
             for term in terms:
+                c = replace(c, moves=frozenset(gradient))
                 term.gradient_(gradient, state, c)
             for name, p in state.items():
                 p.grad = gradient.get(name)
@@ -323,6 +325,7 @@ def test_group_lasso_finds_the_rank_and_cuts_the_rest_exactly():
         loss = 0.5 * (state["P.B"] @ state["P.A"] - W).square().sum()
         gradient = dict(zip(state, torch.autograd.grad(loss, list(state.values())), strict=True))
         with torch.no_grad():
+            c = replace(c, moves=frozenset(gradient))
             term.gradient_(gradient, state, c)
             for name, p in state.items():
                 p -= c.lr * gradient[name]

@@ -1,5 +1,7 @@
 """Nuclear and nuclear-Frobenius terms of W = s B diag(v) A against the same on the dense matrix."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -35,6 +37,7 @@ def dense(state, context):
 
 def prox(term, state, context):
     after = {name: value.clone() for name, value in state.items()}
+    context = replace(context, moves=frozenset({name: torch.zeros_like(value) for name, value in state.items()}))
     term.gradient_({name: torch.zeros_like(value) for name, value in state.items()}, after, context)
     term.prox_(after, context)
     return after
@@ -207,6 +210,7 @@ def descend(term, state, c, target, steps):
         loss = 0.5 * (dense(state, c) - target).square().sum() + term.penalty(state, c)
         gradient = dict(zip(state, torch.autograd.grad(loss, list(state.values())), strict=True))
         with torch.no_grad():
+            c = replace(c, moves=frozenset(gradient))
             term.gradient_(gradient, state, c)
             for name, p in state.items():
                 p -= c.lr * gradient[name]

@@ -16,6 +16,7 @@ from fedlora_mini import state as S
 from fedlora_mini.adapters import adapters, keys, prepare, trainable
 from fedlora_mini.data import Split
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.fewshot.arms import arm
 from fedlora_mini.experiments.fewshot.tasks import task
 from fedlora_mini.experiments.provenance import machine, versions
@@ -177,6 +178,10 @@ class Study:
     def run(self) -> list[dict[str, Any]]:
         """All results; `results.jsonl` in the folder holds them, `search.jsonl` the runs that chose the rates."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for known in self.folder.glob("*.jsonl"):
+            lines = read_lines(known)
+            write_atomically(known, "".join(json.dumps(r) + "\n" for r in lines))  # without a line that was cut off
+            self._done |= {_key_of(r): r for r in lines}
         out = []
         for name in self.tasks:
             for each in self.arms:
@@ -199,9 +204,6 @@ class Study:
 
     def _one(self, config: FewshotConfig, file: str) -> dict[str, Any]:
         path = self.folder / file
-        if not self._done and self.folder.exists():
-            for known in self.folder.glob("*.jsonl"):
-                self._done |= {_key_of(r): r for r in read_lines(known)}
         if config.key() not in self._done:
             record = adapt(config).record
             with open(path, "a", encoding="utf-8") as lines:
