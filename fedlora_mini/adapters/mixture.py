@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora_mini.adapters.base import Adapter
-from fedlora_mini.adapters.ops import down, matrix_shape, to_matrix, up
+from fedlora_mini.adapters.ops import down, group_size, matrix_shape, to_matrix, up
 from fedlora_mini.errors import FedloraError
 
 
@@ -45,7 +45,7 @@ class MixtureSARA(Adapter):
         mean = x.flatten(1, -2).mean(1) if linear and x.dim() > 2 else x if linear else x.flatten(2).mean(2)  # (N, c)
         v, router = (t.reshape(-1, *t.shape[-2:]) for t in (self.v, self.router))  # (G, k, r), (G, k, c)
         G = max(len(v), len(router))  # either may be common to all groups
-        omega = (mean.reshape(G, -1, mean.shape[1]) @ router.mT).softmax(-1)  # (G, N/G, k)
+        omega = (mean.reshape(G, group_size(x, G), -1) @ router.mT).softmax(-1)  # (G, N/G, k)
         return (omega @ v).reshape(x.shape[0], -1)
 
     def path(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fedlora_mini.adapters import adapters, inject, merge, trainable, unload
+from fedlora_mini.adapters import adapters, call, inject, merge, trainable, unload
 from fedlora_mini.adapters.base import freeze
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.mixture import MixtureSARA
@@ -154,3 +154,6 @@ def test_refusals():
             MixtureSARA(nn.Linear(4, 6), rank, experts)
     with pytest.raises(FedloraError, match="no low-rank form for Embedding"):
         MixtureSARA(nn.Embedding(4, 6))
+    module = MixtureSARA(nn.Linear(4, 6))
+    with pytest.raises(FedloraError, match="batch of 4 does not split into 3"):
+        call(module, {n: v.expand(3, *v.shape) for n, v in trainable(module).items()}, torch.randn(4, 5, 4))

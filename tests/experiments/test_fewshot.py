@@ -100,7 +100,7 @@ def test_arena_drops_directions_and_kept_counts_them():
 def test_an_option_that_nothing_takes_is_refused():
     with pytest.raises(FedloraError, match="training option of adapter 'lora' 'lam'"):
         companions("lora", lam=1.0)
-    with pytest.raises(FedloraError, match="training option of adapter 'pego' 'block'.*Did you mean 'blocks'"):
+    with pytest.raises(FedloraError, match=r"training option of adapter 'pego' 'block'.*Did you mean 'blocks'"):
         companions("pego", block=1)
 
 
@@ -197,7 +197,7 @@ def test_verdicts_read_few_shot_results(tmp_path, monkeypatch):
 
 
 def test_the_report_has_a_table_and_a_picture_for_every_number_of_shots(tmp_path):
-    both = results() + [fake("lora-4", 0, 0.4, shots=1)]
+    both = [*results(), fake("lora-4", 0, 0.4, shots=1)]
     text, pictures = report.write_report(both, tmp_path)
     assert text.read_text().count("| arm |") == 2
     assert [p.name for p in pictures] == ["frontier-1.png", "frontier-5.png"]

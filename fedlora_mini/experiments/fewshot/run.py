@@ -29,9 +29,9 @@ from fedlora_mini.metrics.rank import effective_rank, pairs, ranks, singular_val
 from fedlora_mini.models import load_base
 from fedlora_mini.state import State
 
-SEARCH_SPLITS = (1000,)  # splits of the tuning task: other images than any reported split
+SEARCH_SPLITS = (1000, 1001, 1002)  # splits of the tuning task: other images than any reported split
 SEARCH_SHOTS = 5
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 @dataclass(frozen=True)
