@@ -8,7 +8,7 @@ JOBS   ?= 2
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html results test quick nbval browser peers lint format notebooks assignments bench main-job evidence clean
+.PHONY: help setup book html results test quick nbval browser peers lint format notebooks assignments bench main-job evidence evidence-fewshot clean
 
 help: ## list the targets
 	@echo "fedlora_mini: targets"
@@ -94,6 +94,15 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	  --option per_site=250 --option val=60 --eval-every 0 --out runs/nuclei_domains
 	for name in phantom_appearance phantom_supervision nuclei_domains; do \
 	  cp runs/$$name/results.jsonl results/$$name.jsonl; done
+
+RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
+FEW := --search-lr $(RATES) --splits 0-4 --threads 1
+QUESTIONS := arena-16-lam0 arena-16-lam0.001 arena-16-lam0.003 arena-16-lam0.03 free-lam0 free-lam arena-8-fixed \
+             aroma sr-lora sara prilora sublora
+evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about an hour and a half on one core)
+	$(BIN)/fedlora fewshot --tasks vessel-shifted --shots 1,2,5,10 $(FEW) --out runs/fewshot_phantom
+	$(BIN)/fedlora fewshot $(QUESTIONS) --tasks vessel-shifted --shots 5 $(FEW) --out runs/fewshot_questions
+	cat runs/fewshot_phantom/results.jsonl runs/fewshot_questions/results.jsonl > results/fewshot_phantom.jsonl
 
 clean: ## delete what make made
 	rm -rf build runs .venv .peers

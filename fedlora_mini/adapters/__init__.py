@@ -16,15 +16,21 @@ from fedlora_mini.adapters.base import (
     unmerge,
 )
 from fedlora_mini.adapters.dense import Dense
+from fedlora_mini.adapters.diagonal import Diagonal, prune
+from fedlora_mini.adapters.dora import DoRA, EDoRA
 from fedlora_mini.adapters.grouped import expand, per_sample_gradients
 from fedlora_mini.adapters.io import load, save
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.adapters.registry import ADAPTERS, prepare
+from fedlora_mini.adapters.select import select_directions
 
 __all__ = [
     "ADAPTERS",
     "Adapter",
     "Dense",
+    "Diagonal",
+    "DoRA",
+    "EDoRA",
     "Key",
     "LoRA",
     "adapters",
@@ -38,8 +44,10 @@ __all__ = [
     "merge",
     "per_sample_gradients",
     "prepare",
+    "prune",
     "region",
     "save",
+    "select_directions",
     "trainable",
     "unload",
     "unmerge",

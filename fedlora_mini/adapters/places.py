@@ -62,5 +62,5 @@ def activations(path: str, module: nn.Module) -> bool:
 
 
 def blocks(path: str, module: nn.Module) -> bool:
-    """The blocks of a plain vision transformer."""
-    return type(module).__name__ in BLOCKS
+    """The blocks of a plain vision transformer; an EfficientNet's share the name but not the LayerNorm."""
+    return type(module).__name__ in BLOCKS and isinstance(getattr(module, "norm1", None), nn.LayerNorm)

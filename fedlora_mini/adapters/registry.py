@@ -10,7 +10,7 @@ from torch import nn
 
 from fedlora_mini.adapters import places, ranks
 from fedlora_mini.adapters.affine import Affine
-from fedlora_mini.adapters.base import Adapter, Where, freeze, inject, matching, region
+from fedlora_mini.adapters.base import Adapter, Where, adapters, freeze, inject, matching, region
 from fedlora_mini.adapters.bias import Bias
 from fedlora_mini.adapters.bottleneck import AdaptFormer, Houlsby
 from fedlora_mini.adapters.dense import Dense
@@ -156,8 +156,8 @@ ADAPTERS: dict[str, Recipe] = {
 def prepare(model: nn.Module, name: str = "lora", seed: int = 0, **options: Any) -> nn.Module:
     """Make `model` trainable as row `name` says, in place; everything else is frozen. Options go to the adapters.
 
-    After it, `trainable(model)` is the state that a federation moves. Raises for an unknown row or option, and where
-    the network has no place for the row's first adapter.
+    After it, `trainable(model)` is the state that a federation moves. Raises for an unknown row or option, for a model
+    that has adapters already, and where the network has no place for any of the row's adapters.
     """
     if name not in ADAPTERS:
         raise unknown("adapter", name, ADAPTERS)
@@ -165,6 +165,8 @@ def prepare(model: nn.Module, name: str = "lora", seed: int = 0, **options: Any)
     for option in options:
         if option not in recipe.options:
             raise unknown(f"option of adapter '{name}'", option, recipe.options)
+    if (there := next(adapters(model), None)) is not None:
+        raise FedloraError(f"{type(model).__name__} has an adapter at '{there[0]}' already: prepare a plain model")
     freeze(model)
     model.recipe = name  # type: ignore[assignment]  # what `save` writes down
     if recipe.own is not None:

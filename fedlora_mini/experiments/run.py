@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.adapters import ADAPTERS, keys, prepare, trainable
 from fedlora_mini.data import Dataset, Site, Split, load
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
@@ -65,7 +65,8 @@ class Federation:
         data = dataset_of(config) if data is None else data
         device = pick_device(config.device)
         model = load_base(config.model, len(data.classes), data.spatial, config.base, config.seed)
-        options = {"rank": config.rank, "alpha": config.alpha} if row.adapter == "lora" else {}
+        given = {"rank": config.rank, "alpha": config.alpha}
+        options = {name: value for name, value in given.items() if name in ADAPTERS[row.adapter].options}
         model = prepare(model, row.adapter, config.seed, **options).to(device)
         start = trainable(model)
         table = keys(model, list(start))

@@ -132,7 +132,7 @@ def test_rates_are_chosen_on_the_tuning_task_alone(study):
 
 def test_a_study_goes_on_where_it_stopped(study, monkeypatch):
     results = study.run()
-    path = study.folder / "results.jsonl"
+    path = study.folder / "runs.jsonl"
     text = path.read_text()
     path.write_text(text[: len(text) - 40])  # killed in the middle of the last line
     calls = []

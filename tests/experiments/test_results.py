@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.fewshot import TASKS, FewshotConfig, adapt
+from fedlora_mini.experiments.fewshot import report as few
 from fedlora_mini.experiments.report import arms, difference_table, markdown, read_results, summary, table_of
 from fedlora_mini.experiments.run import run
 
 RESULTS = Path(__file__).parents[2] / "results"
-FILES = sorted(RESULTS.glob("*.jsonl"))
+FILES = sorted(path for path in RESULTS.glob("*.jsonl") if not path.stem.startswith("fewshot"))
+FEWSHOT = sorted(RESULTS.glob("fewshot_*.jsonl"))
 
 
 def test_there_is_evidence():
@@ -49,3 +52,34 @@ def test_a_stored_run_made_again_gives_the_same_numbers(name, tmp_path):
         for site, scores in sites.items():
             assert new["scores"][protocol][site]["dice"] == pytest.approx(scores["dice"], abs=0.03), (protocol, site)
     json.dumps(new)
+
+
+@pytest.mark.parametrize("path", FEWSHOT, ids=lambda path: path.stem)
+def test_few_shot_arms_are_paired_and_matched(path):
+    results = read_results([path])
+    for r in results:
+        assert {"config", "versions", "machine", "dice", "per_class", "ranks", "kept"} <= r.keys()
+        assert TASKS[r["config"]["task"]].tune, "a tuning task is not reported"
+    for shots in {r["config"]["shots"] for r in results}:
+        shapes = {
+            few.table_of(results, name, shots).shape for name in few.arms(results) if few.of(results, name, shots)
+        }
+        assert len(shapes) == 1, "every arm has the same splits and tasks"
+    for task in {r["config"]["task"] for r in results}:
+        for name in few.arms(results):
+            own = few.of(results, f"{name}@{task}")
+            assert len({r["config"]["lr"] for r in own}) <= 1, "one rate an arm and task"
+    assert len({(r["config"]["steps"], r["config"]["batch"]) for r in results}) == 1
+
+
+@pytest.mark.slow
+def test_a_stored_few_shot_run_made_again_gives_the_same_numbers():
+    results = read_results([RESULTS / "fewshot_phantom.jsonl"])
+    for name in ("lora-4", "arena-8"):
+        old = next(r for r in few.of(results, name, 5) if r["config"]["split"] == 0)
+        new = adapt(FewshotConfig(**old["config"] | {"changes": ()})).record
+        assert new["trained"] == old["trained"]
+        assert new["dice"] == pytest.approx(old["dice"], abs=0.03) and new["loss"] == pytest.approx(
+            old["loss"], abs=0.02
+        )
+        assert new["rank"] == pytest.approx(old["rank"], rel=0.15)

@@ -31,6 +31,7 @@ from fedlora_mini.state import State
 
 SEARCH_SPLITS = (1000, 1001, 1002)  # splits of the tuning task: other images than any reported split
 SEARCH_SHOTS = 5
+LOGS = ("runs.jsonl", "search.jsonl")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
@@ -176,9 +177,9 @@ class Study:
             arm(name)
 
     def run(self) -> list[dict[str, Any]]:
-        """All results; `results.jsonl` in the folder holds them, `search.jsonl` the runs that chose the rates."""
+        """All results; `results.jsonl` holds them. `runs.jsonl` and `search.jsonl` keep every run as soon as it is done."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for known in self.folder.glob("*.jsonl"):
+        for known in (path for path in map(self.folder.joinpath, LOGS) if path.exists()):
             lines = read_lines(known)
             write_atomically(known, "".join(json.dumps(r) + "\n" for r in lines))  # without a line that was cut off
             self._done |= {_key_of(r): r for r in lines}
@@ -188,7 +189,8 @@ class Study:
                 lr = self.rate(task(name).tune, each)
                 base = FewshotConfig(task=name, arm=each, lr=lr, **(self.settings or {}))
                 for split in self.splits:
-                    out += [self._one(replace(base, shots=k, split=split), "results.jsonl") for k in self.shots]
+                    out += [self._one(replace(base, shots=k, split=split), "runs.jsonl") for k in self.shots]
+        write_atomically(self.folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in out))
         return out
 
     def rate(self, tune: str, name: str) -> float:
