@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from fedlora_mini.errors import unknown
@@ -60,18 +61,21 @@ def pego(blocks: int = 2, preserve: float = 1e-3, diversify: float = 1e-3) -> Te
 COMPANIONS: dict[str, Callable[..., Terms]] = {
     row.__name__: row for row in (arena, sora, adalora, aroma, prilora, flat_lora, riemannian, pego)
 }
+FURTHER: dict[str, type[Any]] = {"arena": L1, "adalora": RankBudget, "aroma": Growth, "prilora": InputMask}
+"""Whose fields a row takes as further options."""
+
+
+def _options(adapter: str) -> set[str]:
+    """What `companions` takes for a row."""
+    if adapter not in COMPANIONS:
+        return set()
+    own = {p.name for p in inspect.signature(COMPANIONS[adapter]).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    return own | ({f.name for f in fields(FURTHER[adapter]) if f.init} if adapter in FURTHER else set())
 
 
 def companions(adapter: str, **options: Any) -> Terms:
     """The regularisers that a row of ADAPTERS trains with; none for most. Raises for an option that nothing takes."""
-    if adapter not in COMPANIONS:
-        if options:
-            raise unknown(f"training option of adapter '{adapter}'", next(iter(options)), ())
-        return ()
-    row = COMPANIONS[adapter]
-    parameters = inspect.signature(row).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for name in options:
-            if name not in parameters:
-                raise unknown(f"training option of adapter '{adapter}'", name, parameters)
-    return row(**options)
+    for name in options:
+        if name not in _options(adapter):
+            raise unknown(f"training option of adapter '{adapter}'", name, _options(adapter))
+    return COMPANIONS[adapter](**options) if adapter in COMPANIONS else ()

@@ -177,7 +177,7 @@ class Study:
             arm(name)
 
     def run(self) -> list[dict[str, Any]]:
-        """All results; `results.jsonl` holds them. `runs.jsonl` and `search.jsonl` keep every run as soon as it is done."""
+        """All results, also in `results.jsonl`. `runs.jsonl` and `search.jsonl` keep every run once it is done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for known in (path for path in map(self.folder.joinpath, LOGS) if path.exists()):
             lines = read_lines(known)

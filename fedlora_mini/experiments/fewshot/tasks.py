@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedlora_mini.chance import seeded
 from fedlora_mini.data import Dataset, Site, Split, keep_classes, load
 from fedlora_mini.data.hippocampus import person
 from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.models.meshnet import quantile_scale
 
 MOST_SHOTS = 10
 
@@ -37,6 +39,7 @@ class Task:
     size: int = 48
     test: int = 48  # at most so many test images
     group: Callable[[Site], list[str]] | None = None
+    scale: Callable[[Tensor], Tensor] | None = None  # of the images, where the base was made for another one
     tune: str = ""
 
     def load(self, split: int) -> tuple[Dataset, Site]:
@@ -57,13 +60,14 @@ class Task:
         owners = self.group(site) if self.group else [str(i) for i in range(len(site.train))]
         first = {owner: i for owner, i in reversed([(owners[i], i) for i in order])}  # a person's first image
         rows = sorted(first.values(), key=order.index)[:shots]
-        few = Split(site.train.images[rows], site.train.masks[rows])
-        tested = torch.randperm(len(site.test), generator=rng)[: self.test]
-        many = Split(site.test.images[tested], site.test.masks[tested])
-        if not self.whole:
-            return few, many, dataset.classes
-        whole = [Split(part.images, (part.masks > 0).to(torch.uint8)) for part in (few, many)]
-        return whole[0], whole[1], ("background", self.data)
+        tested = torch.randperm(len(site.test), generator=rng)[: self.test].tolist()
+        few, many = self._part(site.train, rows), self._part(site.test, tested)
+        return few, many, ("background", self.data) if self.whole else dataset.classes
+
+    def _part(self, split: Split, rows: list[int]) -> Split:
+        images, masks = split.images[rows], split.masks[rows]
+        masks = (masks > 0).to(torch.uint8) if self.whole else masks
+        return Split(images if self.scale is None else self.scale(images), masks)
 
 
 def _phantom(organ: str, appearance: float, tune: str, summary: str) -> Task:
@@ -76,7 +80,13 @@ def _nuclei(domain: str, tune: str = "nuclei-brightfield") -> Task:
 
 
 _HIPPOCAMPUS: dict[str, Any] = dict(
-    data="hippocampus", model="meshnet", base="meshnet-brain", size=32, test=39, group=_people
+    data="hippocampus",
+    model="meshnet",
+    base="meshnet-brain",
+    size=32,
+    test=39,
+    group=_people,
+    scale=quantile_scale,
 )
 
 TASKS: dict[str, Task] = {
