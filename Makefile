@@ -97,12 +97,16 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1
-QUESTIONS := arena-16-lam0 arena-16-lam0.001 arena-16-lam0.003 arena-16-lam0.03 free-lam0 free-lam arena-8-fixed \
-             aroma sr-lora sara prilora sublora
+ONE := --tasks vessel-shifted --shots 5 --splits 0-4 --threads 1
 evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about an hour and a half on one core)
 	$(BIN)/fedlora fewshot --tasks vessel-shifted --shots 1,2,5,10 $(FEW) --out runs/fewshot_phantom
-	$(BIN)/fedlora fewshot $(QUESTIONS) --tasks vessel-shifted --shots 5 $(FEW) --out runs/fewshot_questions
-	cat runs/fewshot_phantom/results.jsonl runs/fewshot_questions/results.jsonl > results/fewshot_phantom.jsonl
+	$(BIN)/fedlora fewshot arena-16-lam0 arena-16-lam0.001 arena-16-lam0.003 arena-16-lam0.03 arena-8-fixed $(ONE) \
+	  --lr 3e-2 --out runs/fewshot_lambda
+	$(BIN)/fedlora fewshot free-lam0 free-lam $(ONE) --lr 1e-2 --out runs/fewshot_gauge
+	$(BIN)/fedlora fewshot aroma sr-lora sara prilora sublora $(ONE) --search-lr 1e-3,3e-3,1e-2,3e-2 \
+	  --out runs/fewshot_ranks
+	cd runs && cat fewshot_phantom/results.jsonl fewshot_lambda/results.jsonl fewshot_gauge/results.jsonl \
+	  fewshot_ranks/results.jsonl > ../results/fewshot_phantom.jsonl
 
 clean: ## delete what make made
 	rm -rf build runs .venv .peers

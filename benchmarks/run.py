@@ -20,6 +20,7 @@ class Question(NamedTuple):
     arm: str = ""  # the arm that has a target …
     target: float = 0.0  # … the ratio that it should not exceed
     note: str = ""
+    column: str = ""  # the heading of the rows' notes: then one line an arm, and a column a setting
 
 
 QUESTIONS = (
@@ -39,6 +40,14 @@ QUESTIONS = (
         "clients",
         note="Below 1 the grouped pass is faster. It saves the calls, not the arithmetic: with large batches on one "
         "core the larger activations leave the cache and the loop wins.",
+    ),
+    Question(
+        "adapters",
+        note="A step is forward, backward, the companions' hooks and Adam, by the federation's own local training. "
+        "Rank 4 where a row lets one choose; `sr_lora`, `sara` and `prilora` have the ranks of their rules. `houlsby`, "
+        "`adaptformer`, `mo_sara` and `prompt` are no change of weights and stay beside the merged network. The last "
+        "column leaves out the head, which every row trains as a dense matrix, m being the number of classes.",
+        column="forms an m x n matrix in a step",
     ),
     Question("imports", note="The target is torch + 0.5 s, without MONAI."),
 )
@@ -84,6 +93,21 @@ def verdict(question: Question, rows: list[dict]) -> str:
     return f"{text} (medians within {TOLERANCE:.2f} count). {question.note}".strip()
 
 
+def by_arm(rows: list[dict], column: str) -> list[str]:
+    """One line an arm, a column a setting, and the arm's note."""
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        low, high = row["range"]
+        ratio = f"**{row['ratio']:.2f}** ({low:.2f} to {high:.2f})"
+        cell = f"{row['ms']:.1f} ms" if row["arm"] == row["reference"] else ratio
+        cells.setdefault(row["arm"], {})[row["setting"]] = cell
+    settings, notes = list(dict.fromkeys(row["setting"] for row in rows)), {row["arm"]: row["note"] for row in rows}
+    lines = [f"| arm | {' | '.join(settings)} | {column} |", "|---|" + "---:|" * len(settings) + "---|"]
+    for arm, own in cells.items():
+        lines.append(f"| {arm} | {' | '.join(own.get(setting, 'no place') for setting in settings)} | {notes[arm]} |")
+    return lines
+
+
 def table(answers: dict[str, dict], facts: dict) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     lines = [
@@ -99,6 +123,9 @@ def table(answers: dict[str, dict], facts: dict) -> str:
     for question in QUESTIONS:
         answer = answers[question.script]
         lines += ["", f"## {answer['question']}", "", verdict(question, answer["rows"]), ""]
+        if question.column:
+            lines += by_arm(answer["rows"], question.column)
+            continue
         lines += ["| setting | arm | ms | ratio | range |", "|---|---|---:|---:|---|"]
         for row in answer["rows"]:
             low, high = row["range"]

@@ -162,8 +162,8 @@ CLAIMS: dict[str, Claim] = {
         -1,
         metric="rank",
         margin=1.0,
-        matched="start, initial rank, ρ, steps, batches, labelled and test images",
-        not_matched="learning rate of A and B (searched for each)",
+        matched="start, initial rank, learning rate, ρ, steps, batches, labelled and test images",
+        not_matched="nothing",
     ),
     "arena-vacuous-l1": _fewshot(
         "Without a fixed gauge or decay the l1 penalty shrinks v more than it shrinks ΔW: ||v||_1 / ||ΔW||_* falls.",
@@ -173,6 +173,8 @@ CLAIMS: dict[str, Claim] = {
         metric="log l1_v / nuclear",
         margin=0.01,
         source="",
+        matched="start, rank, learning rate, ρ, steps, batches, labelled and test images",
+        not_matched="nothing",
     ),
     "arena-vacuous-l1-same-update": _fewshot(
         "It does so at an unchanged update: the nuclear norm of ΔW stays.",
@@ -182,6 +184,8 @@ CLAIMS: dict[str, Claim] = {
         metric="log nuclear",
         margin=0.05,
         source="",
+        matched="start, rank, learning rate, ρ, steps, batches, labelled and test images",
+        not_matched="nothing",
     ),
     "full-overfits": _fewshot(
         "From five images full fine-tuning overfits: it is worse than LoRA.",
