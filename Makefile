@@ -103,10 +103,10 @@ evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about 
 	$(BIN)/fedlora fewshot arena-16-lam0 arena-16-lam0.001 arena-16-lam0.003 arena-16-lam0.03 arena-8-fixed $(ONE) \
 	  --lr 3e-2 --out runs/fewshot_lambda
 	$(BIN)/fedlora fewshot free-lam0 free-lam $(ONE) --lr 1e-2 --out runs/fewshot_gauge
-	$(BIN)/fedlora fewshot aroma sr-lora sara prilora sublora $(ONE) --search-lr 1e-3,3e-3,1e-2,3e-2 \
-	  --out runs/fewshot_ranks
+	$(BIN)/fedlora fewshot aroma sr-lora sara prilora $(ONE) --search-lr 1e-3,3e-3,1e-2,3e-2 --out runs/fewshot_ranks
+	$(BIN)/fedlora fewshot sublora $(ONE) --lr 3e-2 --out runs/fewshot_sublora
 	cd runs && cat fewshot_phantom/results.jsonl fewshot_lambda/results.jsonl fewshot_gauge/results.jsonl \
-	  fewshot_ranks/results.jsonl > ../results/fewshot_phantom.jsonl
+	  fewshot_ranks/results.jsonl fewshot_sublora/results.jsonl > ../results/fewshot_phantom.jsonl
 
 clean: ## delete what make made
 	rm -rf build runs .venv .peers

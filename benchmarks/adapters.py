@@ -1,5 +1,8 @@
 """What does each adapter cost beside LoRA: a training step with its companions, and the merged network's inference?"""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from timing import Row, compare, main
 from torch import Tensor, nn
@@ -40,11 +43,20 @@ def prepared(network: str, row: str) -> nn.Module | None:
         return None
 
 
-def steps(model: nn.Module, row: str, x: Tensor, y: Tensor):
+def steps(model: nn.Module, row: str, x: Tensor, y: Tensor) -> Callable[[], Any]:
     """A client's local training: forward, backward, the companions' hooks, Adam."""
     start = trainable(model)
     table, method = keys(model, list(start)), Method("", row, everything, objective=companions(row))
     return lambda: train(model, method, table, [start], lambda step: (x, y), Budget(steps=STEPS), round=1)
+
+
+def beside(setting: str, arms: dict[str, Callable[[], Any]], rounds: int) -> list[Row]:
+    """LoRA and five arms at a time, so that what is divided was measured within seconds."""
+    others, rows = [row for row in arms if row != "lora"], []
+    for i in range(0, len(others), 5):
+        some = compare(setting, "lora", {row: arms[row] for row in ("lora", *others[i : i + 5])}, rounds)
+        rows += some[1:] if rows else some
+    return rows
 
 
 def measure() -> list[Row]:
@@ -55,12 +67,12 @@ def measure() -> list[Row]:
         y = (x.mean(1) > 0.5).to(torch.uint8)
         models = {row: model for row in ADAPTERS if (model := prepared(network, row)) is not None}
         arms = {row: steps(model, row, x, y) for row, model in models.items()}
-        training = compare(f"{network}, {side} px, batch 8: step", "lora", arms, rounds=9)
+        training = beside(f"{network}, {side} px, batch 8: step", arms, rounds=9)
         for line in training:
             line["ms"] = round(line["ms"] / STEPS, 3)
         merged = {row: merge(model).eval().requires_grad_(False) for row, model in models.items()}
         arms = {row: (lambda model=model, x=x: model(x)) for row, model in merged.items()}
-        rows += training + compare(f"{network}: merged inference", "lora", arms)
+        rows += training + beside(f"{network}: merged inference", arms, rounds=11)
     return [line | {"note": DENSE.get(line["arm"]) or COPIES.get(line["arm"], "no")} for line in rows]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from fedlora_mini.widgets import SoftThreshold
+
 HTML = Path(__file__).resolve().parents[2] / "build" / "_build" / "html"
 PAGES = sorted(
     p.relative_to(HTML).as_posix()
@@ -155,6 +157,30 @@ def test_keys_move_a_widget_s_picture_and_text(browser: Any, base: str, name: st
                     visit.page.keyboard.press("ArrowRight")
                 after = seen()
                 assert before[0] != after[0] and before[1] != after[1], f"slider {j} of widget {i}"
+        assert not visit.errors
+
+
+def test_the_arena_page_s_widget_shows_what_the_library_computes(browser: Any, base: str) -> None:
+    """The chapter's spectrum is the default one; the thresholds are reached by keys."""
+    with Visit(browser, f"{base}/05_arena.html") as visit:
+        assert visit.page.locator(".math mjx-container").count() > 100
+        widget = visit.page.locator(".fl-widget")
+        assert widget.count() == 1
+        slider, ranks = widget.locator("input[type=range]").first, set()
+        slider.focus()
+        for _ in range(10):
+            for _ in range(5):
+                visit.page.keyboard.press("ArrowRight")
+            tau = float(slider.input_value())
+            expected = SoftThreshold(tau=tau, step=8).result
+            text = widget.locator("[aria-live]").inner_text()
+            assert f"τ = {tau:.2f}: {expected['rank']} of 8 directions survive" in text
+            assert f"nuclear norm Σ|ξ(vᵢ, τ)| = {expected['nuclear_norm']:.2f} " in text
+            assert f"rank {expected['rank_at_step']}, nuclear norm {expected['nuclear_norm_at_step']:.2f}." in text
+            assert widget.locator("svg").first.locator("rect.fl-kept").count() == expected["rank"]
+            ranks.add(expected["rank"])
+        assert len(ranks) >= 5 and 0 in ranks
+        assert not [url for url in visit.requests if not url.startswith((base, "data:", "blob:"))]
         assert not visit.errors
 
 
