@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from fedlora_mini.adapters import ADAPTERS
 from fedlora_mini.widgets import SoftThreshold
 
 HTML = Path(__file__).resolve().parents[2] / "build" / "_build" / "html"
@@ -194,3 +195,19 @@ def test_a_widget_follows_dark_mode(browser: Any, name: str) -> None:
             visit.page.wait_for_timeout(700)  # the theme fades from one to the other
             colours.append(text.evaluate("e => getComputedStyle(e).fill"))
         assert colours[0] != colours[1]
+
+
+@pytest.mark.parametrize(("name", "figures"), [("04_adapter_zoo.html", 5), ("06_choosing_a_rank.html", 8)])
+def test_every_picture_of_the_adapter_chapters_is_drawn_and_numbered(browser: Any, name: str, figures: int) -> None:
+    with Visit(browser, f"{HTML.as_uri()}/{name}") as visit:
+        pictures = visit.page.locator("article figure:has(.caption-number) img")
+        assert pictures.count() == figures
+        for i in range(figures):
+            pictures.nth(i).scroll_into_view_if_needed()
+            assert pictures.nth(i).evaluate("async (e) => { await e.decode(); return e.naturalWidth; }") > 300
+
+
+def test_the_zoo_s_table_has_every_adapter_of_the_library(browser: Any) -> None:
+    with Visit(browser, f"{HTML.as_uri()}/04_adapter_zoo.html") as visit:
+        rows = visit.page.locator("table.dataframe th").all_inner_texts()
+        assert set(ADAPTERS) <= {text.strip() for text in rows}
