@@ -7,6 +7,7 @@ import pytest
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import claims
 from fedlora_mini.experiments.claims import CLAIMS, Claim, judge, verdicts
+from fedlora_mini.experiments.fewshot.arms import arm
 from fedlora_mini.experiments.stats import paired_difference
 from fedlora_mini.federation import METHODS
 
@@ -40,8 +41,12 @@ def test_the_verdict_follows_from_the_interval(sign, mean, spread, word):
 
 def test_every_claim_names_methods_and_a_protocol_that_exist():
     for key, claim in CLAIMS.items():
-        assert claim.a in METHODS and claim.b in METHODS, key
-        assert claim.sign in (-1, 0, 1) and claim.protocol in ("personal", "global", "new site"), key
+        assert claim.sign in (-1, 0, 1), key
+        if claim.shots:
+            assert all(arm(name) for side in (claim.a, claim.b) for name in side.partition("@")[0].split("|")), key
+        else:
+            assert claim.a in METHODS and claim.b in METHODS, key
+            assert claim.protocol in ("personal", "global", "new site"), key
         assert claim.text.endswith(".") and claim.matched and claim.results.endswith(".jsonl"), key
 
 
