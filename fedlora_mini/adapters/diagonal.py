@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora_mini.adapters.base import Adapter, adapters, place
-from fedlora_mini.adapters.lora import kaiming_uniform
-from fedlora_mini.adapters.ops import lowrank, matrix_shape, to_weight
+from fedlora_mini.adapters.base import adapters, place
+from fedlora_mini.adapters.lora import LowRank, kaiming_uniform
+from fedlora_mini.adapters.ops import matrix_shape
 from fedlora_mini.errors import FedloraError, unknown
 
 Start = Callable[[int, int, int, torch.Generator], tuple[Tensor, Tensor, Tensor]]
@@ -40,7 +40,7 @@ def from_unit(m: int, n: int, r: int, rng: torch.Generator) -> tuple[Tensor, Ten
 STARTS: dict[str, Start] = {"lora": from_lora, "gate": from_gate, "small": from_small, "unit": from_unit}
 
 
-class Diagonal(Adapter):
+class Diagonal(LowRank):
     """ΔW = s B diag(v) A; A: (r, n), v: (r,), B: (m, r); r + r (m + n) numbers; rank = ||v||_0.
 
     ARENA (Baklouti et al. 2025, methods.md card 4) trains v by proximal steps of the l1 norm, SoRA (Ding et al. 2023)
@@ -70,16 +70,8 @@ class Diagonal(Adapter):
         self.A, self.v, self.B = (nn.Parameter(t.to(**like)) for t in (A, v, B))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(P, Q) with ΔW = P Q: P = s B diag(v), Q = A."""
+        """P = s B diag(v), Q = A."""
         return self.B * (self.v if self.scaling == 1 else self.scaling * self.v).unsqueeze(-2), self.A
-
-    def delta(self) -> Tensor:
-        P, Q = self.pair()
-        return to_weight(self.base, P @ Q)
-
-    def path(self, x: Tensor) -> Tensor:
-        P, Q = self.pair()
-        return lowrank(self.base, x, Q, P)
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha, "start": self.start}

@@ -17,7 +17,23 @@ def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tenso
     return (torch.rand(shape, generator=generator) * 2 - 1) * bound
 
 
-class LoRA(Adapter):
+class LowRank(Adapter):
+    """ΔW = P Q. Subclasses say what the thin pair is."""
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """P: (m, r) and Q: (r, n), or with a group axis."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        P, Q = self.pair()
+        return to_weight(self.base, P @ Q)
+
+    def path(self, x: Tensor) -> Tensor:
+        P, Q = self.pair()
+        return lowrank(self.base, x, Q, P)
+
+
+class LoRA(LowRank):
     """ΔW = s B A, A: (r, n) Kaiming-uniform, B: (m, r) zero, s = alpha / r.
 
     (m, n) is the layer's weight as a matrix: for a convolution n = c_in / groups * kernel volume, so A holds the kernel
@@ -46,16 +62,8 @@ class LoRA(Adapter):
         self.B = nn.Parameter(torch.zeros(m, rank, **like))
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """(P, Q) with ΔW = P Q: (m, r) and (r, n), or with a group axis."""
+        """P = s B, Q = A."""
         return (self.B if self.scaling == 1 else self.scaling * self.B), self.A
-
-    def delta(self) -> Tensor:
-        P, Q = self.pair()
-        return to_weight(self.base, P @ Q)
-
-    def path(self, x: Tensor) -> Tensor:
-        P, Q = self.pair()
-        return lowrank(self.base, x, Q, P)
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha, "rslora": self.rslora}
