@@ -21,13 +21,13 @@ STEPS = 10  # in one act: a check of AROMA's and a mask of AdaLoRA's are among t
 # What a training step forms that is m x n; tests/adapters/test_no_dense.py measures it.
 DENSE = {
     "flat_lora": "the noise on W_0: its definition",
-    "aroma": "the piece, to see how far it moved: our code, not its definition",
     "decoder": "ΔW of the decoder: it is what trains",
     "full": "the gradient of W: it is what trains",
 }
 COPIES = {  # W_0 itself, of transposed convolutions, put into the order of a matrix
     "dora": "no (W_0 of transposed convolutions is copied)",
     "edora": "no (W_0 of transposed convolutions is copied)",
+    "aroma": "no (W_0 of transposed convolutions is copied)",
     "pego": "no (W_0 of transposed convolutions is copied)",
 }
 

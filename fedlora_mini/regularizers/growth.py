@@ -27,7 +27,7 @@ class _Layer:
         self.j, self.age, self.stopped = j, 0, j == len(A)
         self.others = [i for i in range(len(A)) if i != j]
         self.A, self.B = A.detach()[self.others].clone(), B.detach()[:, self.others].clone()
-        self.before = torch.zeros(B.shape[0], A.shape[1], dtype=A.dtype, device=A.device)  # b_j a_j at the last check
+        self.before = torch.zeros_like(B[:, 0]), torch.zeros_like(A[0])  # b_j and a_j at the last check
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,15 @@ class Growth(Regularizer):
             return True
         if layer.age % self.check:
             return False
-        now, before = torch.outer(B[:, layer.j], A[layer.j]), layer.before
-        layer.before = now
-        return bool((now - before).norm() <= self.inner_tol * before.norm())
+        (b, a), (b0, a0) = (B[:, layer.j].clone(), A[layer.j].clone()), layer.before
+        layer.before = b, a
+        db, da = b - b0, a - a0  # b a - b0 a0 = db a + b0 da
+        change = (db @ db) * (a @ a) + (b0 @ b0) * (da @ da) + 2 * (db @ b0) * (a @ da)
+        return bool(change.clamp(min=0).sqrt() <= self.inner_tol * b0.norm() * a0.norm())
 
 
 def _merged_change(adapter: Any, A: Tensor, B: Tensor, j: int) -> float:
-    """||s b_j a_j|| / ||W_0 + s sum_{i<j} b_i a_i||, Frobenius norms."""
-    W = to_matrix(adapter.base, adapter.frozen()) + adapter.scaling * B[:, :j] @ A[:j]
-    return float(adapter.scaling * B[:, j].norm() * A[j].norm() / W.norm())
+    """||s b_j a_j|| / ||W_0 + s sum_{i<j} b_i a_i||, Frobenius norms from thin products."""
+    W, s, P, Q = to_matrix(adapter.base, adapter.frozen()), adapter.scaling, B[:, :j], A[:j]
+    square = torch.linalg.vector_norm(W) ** 2 + 2 * s * ((Q @ W.T) * P.T).sum() + s**2 * ((P.T @ P) * (Q @ Q.T)).sum()
+    return float(s * B[:, j].norm() * A[j].norm() / square.sqrt())

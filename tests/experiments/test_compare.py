@@ -78,3 +78,11 @@ def test_a_file_without_results_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text("{broken")
     with pytest.raises(FedloraError, match="not JSON"):
         read_results([tmp_path / "x.jsonl"])
+
+
+def test_data_without_unseen_sites_have_a_report(tmp_path):
+    settings = TINY | {"data_options": TINY["data_options"] | {"n_unseen": 0}, "rounds": 1, "steps": 1}
+    results = Comparison(["local"], [0], settings, tmp_path).run()
+    assert "new site" not in results[0]["scores"]
+    assert summary(results)["new-site Dice"].tolist() == ["–"]
+    assert write_report(results, tmp_path)[0].exists()
