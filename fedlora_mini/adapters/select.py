@@ -15,6 +15,7 @@ from fedlora_mini.adapters.base import adapters, call
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.state import State
+from fedlora_mini.thin import product_svd
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """(images, masks) each."""
@@ -26,6 +27,23 @@ def directions(model: nn.Module) -> list[str]:
     if not names:
         raise FedloraError(f"{type(model).__name__} has no layer adapted by Diagonal: there are no directions")
     return names
+
+
+@torch.no_grad()
+def singular_directions(model: nn.Module, state: State) -> State:
+    """The same update in its singular directions: B diag(v) A = U diag(σ) Vᵀ, so that B = U, v = σ, A = Vᵀ.
+
+    Trained directions are not orthogonal and several may say the same thing; singular ones are the fewest that say it.
+    """
+    out = dict(state)
+    for path, adapter in adapters(model):
+        if isinstance(adapter, Diagonal):
+            A, v, B = (state[f"{path}.{factor}"] for factor in adapter.factors)
+            U, sigma, Vh = product_svd((B * v).double(), A.double())
+            for factor, value in zip(adapter.factors, (Vh, sigma, U), strict=True):
+                out[f"{path}.{factor}"] = torch.zeros_like(state[f"{path}.{factor}"])
+                out[f"{path}.{factor}"][tuple(slice(side) for side in value.shape)] = value.to(v.dtype)
+    return out
 
 
 def v_hessian(
@@ -88,11 +106,12 @@ def greedy(g: Tensor, H: Tensor, v: Tensor, budget: int) -> Tensor:
 def select_directions(
     model: nn.Module, state: State, batches: Batches, loss: Callable[[Tensor, Tensor], Tensor], rank: float
 ) -> State:
-    """The state with v_i exactly 0 outside the chosen set: `rank` directions per layer in the mean, or fewer.
+    """The update in its singular directions, v_i exactly 0 outside the chosen set: `rank` a layer in the mean, or less.
 
     The unit is that of AdaLoRA's final budget. `diagonal.prune` then drops what is zero.
     """
     names = directions(model)
+    state = singular_directions(model, state)
     g, H = v_hessian(model, state, batches, loss)
     v = torch.cat([state[name].detach() for name in names]).double().cpu()
     kept = greedy(g, H, v, round(rank * len(names))).split([len(state[name]) for name in names])

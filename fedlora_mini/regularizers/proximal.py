@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.thin import product_svd
 
 
 def soft_threshold(x: Tensor, tau: float | Tensor) -> Tensor:
@@ -54,17 +55,6 @@ def l1_minus_l2(x: Tensor, tau: float, alpha: float = 1.0, ridge: float = 0.0) -
         z[i] = soft_threshold(x[i], (1 - alpha) * tau)
         return z
     return z * (1 + alpha * tau / norm).clamp(min=0.0)
-
-
-def product_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U diag(σ) Vᵀ = B A without forming it: QR of both factors, SVD of the r x r core R_B R_Aᵀ. O((m + n) r²).
-
-    B: (m, r), A: (r, n); returns (m, k), (k,), (k, n), k = min(m, n, r), σ from the largest on.
-    """
-    Q_B, R_B = torch.linalg.qr(B)
-    Q_A, R_A = torch.linalg.qr(A.mT)
-    u, sigma, vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    return Q_B @ u, sigma, vh @ Q_A.mT
 
 
 def on_singular_values(B: Tensor, A: Tensor, prox: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,10 @@ from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.regularizers.names import together
-from fedlora_mini.regularizers.proximal import on_singular_values, product_svd
+from fedlora_mini.regularizers.proximal import on_singular_values
 from fedlora_mini.regularizers.scope import layers
 from fedlora_mini.state import State
+from fedlora_mini.thin import product_svd
 
 
 def factors(state: State, path: str) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,14 @@ from fedlora_mini.adapters.base import call, freeze, inject, load_state, region,
 from fedlora_mini.adapters.diagonal import Diagonal, prune
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.adapters.ops import LAYERS
-from fedlora_mini.adapters.select import directions, greedy, project_submodular, select_directions, v_hessian
+from fedlora_mini.adapters.select import (
+    directions,
+    greedy,
+    project_submodular,
+    select_directions,
+    singular_directions,
+    v_hessian,
+)
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.models import build
@@ -177,18 +184,28 @@ def test_it_beats_magnitude_where_directions_stand_in_for_each_other():
     model, batches = twins()
     state = trainable(model)
     [(x, y)] = batches
-    chosen = select_directions(model, state, batches, squares, rank=2)
-    assert chosen["encoder.v"].tolist() == pytest.approx([1.0, 0.0, 0.9, 0.0])
+    v = state["encoder.v"]
+    g, H = v_hessian(model, state, batches, squares)
+    kept = greedy(g, H, v.double(), 2)
+    assert kept.tolist() == [True, False, True, False]
 
     def loss(v):
         return float(squares(call(model, state | {"encoder.v": v}, x), y).mean())
 
     pairs = [torch.tensor(s) for s in itertools.product((0.0, 1.0), repeat=4) if sum(s) == 2]
-    best, by_size = min(loss(state["encoder.v"] * s) for s in pairs), loss(torch.tensor([1.0, 0.95, 0.0, 0.0]))
-    assert loss(chosen["encoder.v"]) == best < 0.6 * by_size
-    g, H = v_hessian(model, state, batches, squares)
-    alone = greedy(g, H.diag().diag(), state["encoder.v"].double(), 2)
+    best, by_size = min(loss(v * s) for s in pairs), loss(torch.tensor([1.0, 0.95, 0.0, 0.0]))
+    assert loss(v * kept) == best < 0.6 * by_size
+    alone = greedy(g, H.diag().diag(), v.double(), 2)
     assert alone.tolist() == [True, True, False, False]  # curvature without interaction does not see it either
+
+
+def test_among_singular_directions_twins_are_one():
+    """So that two of four lose nothing."""
+    model, batches = twins()
+    [(x, y)] = batches
+    chosen = select_directions(model, trainable(model), batches, squares, rank=2)
+    assert chosen["encoder.v"].tolist() == pytest.approx([1.95, 1.75, 0.0, 0.0], abs=1e-5)
+    assert torch.allclose(call(model, chosen, x), y, atol=1e-5)
 
 
 def network(rank=2, dtype=torch.float64):
@@ -232,17 +249,34 @@ def test_gradient_and_hessian_are_those_of_finite_differences():
 def test_the_selected_state_differs_in_zeros_of_v_alone_and_can_be_pruned():
     model, state, batches = network(dtype=torch.float32)
     before = S.clone(state)
+    rotated = singular_directions(model, state)
     chosen = select_directions(model, state, batches, segmentation_loss, rank=1)
     names = directions(model)
     kept = {n: chosen[n] != 0 for n in names}
     assert 0 < sum(int(mask.sum()) for mask in kept.values()) <= len(names)
     assert S.digest(state) == S.digest(before)
     for name, value in chosen.items():
-        assert torch.equal(value, state[name] * kept[name] if name in kept else state[name])
+        assert torch.equal(value, rotated[name] * kept[name] if name in kept else rotated[name])
     [x, _], _ = batches
     expected = call(model, chosen, x)
     load_state(model, chosen)
     assert torch.allclose(prune(model)(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 12])
+def test_singular_directions_are_the_same_update_with_orthonormal_factors(rank):
+    """Also where r exceeds a layer's m or n: what is left over is zero."""
+    model, state, [(x, _), _] = network(rank=rank)
+    rotated = singular_directions(model, state)
+    assert torch.allclose(call(model, rotated, x), call(model, state, x), atol=1e-10)
+    for name in directions(model):
+        path, v = name.removesuffix(".v"), rotated[name]
+        dense = (state[f"{path}.B"] * state[name]) @ state[f"{path}.A"]
+        sigma = torch.linalg.svdvals(dense)
+        k = min(*dense.shape, rank)
+        assert torch.allclose(v[:k], sigma[:k]) and not v[k:].any()
+        U, Vh, I = rotated[f"{path}.B"][:, :k], rotated[f"{path}.A"][:k], torch.eye(k, dtype=v.dtype)
+        assert torch.allclose(U.mT @ U, I) and torch.allclose(Vh @ Vh.mT, I)
 
 
 def test_the_same_twice():

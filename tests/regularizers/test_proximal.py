@@ -10,11 +10,11 @@ from fedlora_mini.regularizers.proximal import (
     group_soft_threshold,
     l1_minus_l2,
     on_singular_values,
-    product_svd,
     shrink,
     soft_threshold,
     weighted_soft_threshold,
 )
+from fedlora_mini.thin import product_svd
 
 TAUS = (0.0, 0.05, 0.4, 1.3, 5.0)
 

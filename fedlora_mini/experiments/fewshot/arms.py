@@ -64,6 +64,8 @@ ARMS: dict[str, Arm] = {
 EXTRA: dict[str, Arm] = {
     # lambda up and down
     **{f"arena-16-lam{lam:g}": _arena(16, f"ARENA r=16, λ={lam:g}", lam=lam) for lam in (0.0, 1e-3, 3e-3, 3e-2)},
+    # lambda grows from 0 to a tenth in 60 steps, in the unit gauge: a direction may turn before it is judged
+    **{f"grown-{r}": _arena(r, f"ARENA r={r}, growing λ", lam=0.0, ramp=(0.1, 60), gauge="unit") for r in ARENA_RANKS},
     # the gauge: LoRA's start, v free to shrink while B grows, with and without the penalty, and with the gauge fixed
     "free-lam0": Arm("v from 1, λ=0", "arena", {"rank": 8}, {"lam": 0.0, "rho": 0.1}),
     "free-lam": Arm("v from 1, λ=0.1", "arena", {"rank": 8}, {"lam": 0.1, "rho": 0.1}),

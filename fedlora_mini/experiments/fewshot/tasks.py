@@ -83,8 +83,8 @@ _HIPPOCAMPUS: dict[str, Any] = dict(
     data="hippocampus",
     model="meshnet",
     base="meshnet-brain",
-    size=32,
-    test=39,
+    size=24,
+    test=24,
     group=_people,
     scale=quantile_scale,
 )
