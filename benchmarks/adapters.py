@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fedlora_mini.adapters import ADAPTERS, keys, merge, prepare, trainable
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.client import Budget, train
-from fedlora_mini.federation.methods import Method
+from fedlora_mini.federation.row import Method
 from fedlora_mini.federation.sharing import everything
 from fedlora_mini.models import zoo
 from fedlora_mini.regularizers.companions import companions
@@ -22,6 +22,8 @@ STEPS = 10  # in one act: a check of AROMA's and a mask of AdaLoRA's are among t
 DENSE = {
     "flat_lora": "the noise on W_0: its definition",
     "decoder": "ΔW of the decoder: it is what trains",
+    "fedmsa": "ΔW of the decoder: it is what trains",
+    "pfedlora": "D_own of every layer: it is what trains",
     "full": "the gradient of W: it is what trains",
 }
 COPIES = {  # W_0 itself, of transposed convolutions, put into the order of a matrix

@@ -87,15 +87,26 @@ def _progress(title: str, rounds: int) -> Callable[[dict[str, Any]], None]:
 
 
 def methods_command(args: argparse.Namespace) -> None:
-    """Print the method table."""
-    from fedlora_mini.federation.methods import METHODS
+    """Print the method table, from a tiny run of every row."""
+    from fedlora_mini.experiments.table import table
+    from fedlora_mini.federation.methods import METHODS, method
 
-    rows = [("name", "method", "trains", "shares", "moves", "rule", "objective")]
-    for name, m in METHODS.items():
-        objective = ", ".join(term.label for term in m.objective) or "task loss"
-        shares = "(one client holds all data)" if m.pooled else m.shared.label
-        rows.append((name, m.title, m.adapter, shares, m.schedule.label, m.rule.__name__, objective))
+    names = args.names or list(METHODS)
+    for name in names:
+        method(name)
+    checked = table(names, args.model)
+    if args.check:
+        for each in checked:
+            print(f"{each.row.name:<16} {'; '.join(each.problems) or 'as it says'}")
+        if bad := [each.row.name for each in checked if each.problems]:
+            raise FedloraError(f"{len(bad)} rows do not do what they say: {', '.join(bad)}")
+        return
+    rows = [("name", "method", "trained", "sent", "kept", "server", "up", "down", "beside")]
+    for row in (each.row for each in checked):
+        size = (f"{row.bytes_up:,}", f"{row.bytes_down:,}")
+        rows.append((row.name, row.title, row.trained, row.sent, row.kept, row.server, *size, row.beside))
     _print_columns(rows)
+    print(f"up, down: bytes of one client in the second round, {args.model}, rank 4 where there is one.")
 
 
 def adapters_command(args: argparse.Namespace) -> None:
@@ -296,7 +307,10 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(act=act)
         return made
 
-    add("methods", methods_command, "the table of methods")
+    methods = add("methods", methods_command, "the table of methods, with what each trains, sends and keeps")
+    methods.add_argument("names", nargs="*", metavar="METHOD", help="only these rows")
+    methods.add_argument("--check", action="store_true", help="say whether a tiny run did what each row says")
+    methods.add_argument("--model", default="minisam", help="the network of the tiny run [minisam]")
     add("adapters", adapters_command, "what can be trained in a network")
     add("models", models_command, "the networks that adapters attach to")
 

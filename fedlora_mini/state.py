@@ -40,20 +40,35 @@ def scale(a: Mapping[str, Tensor], factor: float) -> State:
     return {name: factor * value for name, value in a.items()}
 
 
+def weighted_mean(weighted: Iterable[tuple[Mapping[str, Tensor], float]]) -> State:
+    """sum_k w_k state_k / sum_k w_k in one pass: holds one state in float64, whatever the number of states.
+
+    Summed in the order in which they come; floating dtype kept. Raises for unequal names or shapes, for no state, and
+    for weights that are negative or all zero.
+    """
+    total, sums, kept = 0.0, None, {}
+    for state, weight in weighted:
+        if not weight >= 0:
+            raise FedloraError(f"weights must be non-negative with a positive sum, got {weight}")
+        if sums is None:
+            sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in state.items()}
+            kept = {name: value.dtype for name, value in state.items()}
+        for name in same_names([sums, state]):
+            if state[name].shape != sums[name].shape:
+                shapes = f"{tuple(sums[name].shape)}, {tuple(state[name].shape)}"
+                raise FedloraError(f"states differ in the shape of '{name}': {shapes}")
+            sums[name].add_(state[name], alpha=weight)
+        total += weight
+    if sums is None or total <= 0:
+        raise FedloraError(f"a mean needs states whose weights have a positive sum, got {total}")
+    return {name: (value / total).to(kept[name]) for name, value in sums.items()}
+
+
 def mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> State:
-    """sum_k p_k state_k with p_k = weights_k / sum(weights); floating dtype kept, summed in order in float64."""
-    if not states or len(states) != len(weights):
+    """sum_k p_k state_k with p_k = weights_k / sum(weights): `weighted_mean` of states that are all there."""
+    if len(states) != len(weights):
         raise FedloraError(f"a mean needs one weight per state: {len(states)} states, {len(weights)} weights")
-    total = float(sum(weights))
-    if total <= 0 or min(weights) < 0:
-        raise FedloraError(f"weights must be non-negative with a positive sum, got {list(weights)}")
-    out: State = {}
-    for name in same_names(states):
-        value = torch.zeros_like(states[0][name], dtype=torch.float64)
-        for state, weight in zip(states, weights, strict=True):
-            value += (weight / total) * state[name].double()
-        out[name] = value.to(states[0][name].dtype)
-    return out
+    return weighted_mean(zip(states, weights, strict=True))
 
 
 def norm(state: Mapping[str, Tensor]) -> float:
@@ -77,7 +92,11 @@ def clone(state: Mapping[str, Tensor]) -> State:
 
 def stack(states: Sequence[Mapping[str, Tensor]]) -> State:
     """K states -> one with a leading group axis: (…) -> (K, …)."""
-    return {name: torch.stack([state[name] for state in states]) for name in same_names(states)}
+    names = same_names(states)
+    for name in names:
+        if len(shapes := {tuple(state[name].shape) for state in states}) > 1:
+            raise FedloraError(f"states differ in the shape of '{name}': {', '.join(map(str, sorted(shapes)))}")
+    return {name: torch.stack([state[name] for state in states]) for name in names}
 
 
 def unstack(state: Mapping[str, Tensor]) -> list[State]:

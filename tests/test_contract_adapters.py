@@ -41,11 +41,11 @@ def batch(n=4, side=32):
     return x + 0.5 * y[:, None], y
 
 
-def prepared(network, name, seed=0):
+def prepared(network, name, seed=0, **options):
     """The network with the row's adapters; a row that has no place in it must say so, and is then done with."""
     model = network()
     try:
-        return prepare(model, name, seed)
+        return prepare(model, name, seed, **options)
     except FedloraError as error:
         assert "has no place" in str(error) and name in HOMELESS.get(type(model).__name__, ())
         pytest.skip(f"{type(model).__name__} {error}")
@@ -95,9 +95,22 @@ def test_what_is_trained(network, name):
     heads = {p for p in layers if region(plain, p) == "head"}
     if recipe.own is None:
         assert heads <= set(wrapped)
-        assert all(type(wrapped[path]) is Dense for path in heads)
+        assert all(type(wrapped[path]) is recipe.head.wrap for path in heads)
+        assert (recipe.head.wrap is Dense) == (name != "lcfed")
         for path in set(wrapped) - heads:
             assert type(wrapped[path]) in {place.wrap for place in recipe.place}
+
+
+def test_what_an_adapter_keeps_still_belongs_to_the_state_and_no_step_moves_it(network, name):
+    model = prepared(network, name)
+    still = {f"{path}.{factor}" for path, adapter in adapters(model) for factor in adapter.still}
+    before = trainable(model)
+    assert still < before.keys()
+    fit(model, 2)
+    after = trainable(model)
+    for n in after:
+        assert torch.equal(before[n], after[n]) or n not in still, n
+    assert bool(still) == (name in ("fdlora", "fedalt", "lcfed"))
 
 
 def test_lora_count(network):
@@ -199,7 +212,7 @@ def test_nothing_moves_at_the_start(network, name):
 
 def test_options_are_taken_and_unknown_ones_are_refused(network, name):
     for option in ADAPTERS[name].options & {"rank", "alpha"}:
-        model = prepare(network(), name, **{option: 2})
+        model = prepared(network, name, **{option: 2})
         assert any(adapter.config().get(option) == 2 for _, adapter in adapters(model))
     with pytest.raises(FedloraError, match=f"unknown option of adapter '{name}' 'rnak'"):
         prepare(network(), name, rnak=3)

@@ -14,7 +14,7 @@ PACKAGE = Path(fedlora_mini.__file__).parent
 # Each part may import itself and what stands before it.
 ORDER = [
     ["chance", "errors", "picture"],
-    ["state"],
+    ["state", "thin"],
     ["data"],
     ["losses"],
     ["adapters", "metrics", "models"],

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +34,48 @@ def test_mean_weighs_and_keeps_the_dtype():
     half = [{"a": torch.ones(2, dtype=torch.bfloat16)}] * 2
     assert S.mean(half, [1, 1])["a"].dtype == torch.bfloat16
     assert S.digest(S.mean([a], [5.0])) == S.digest(a)
+
+
+def test_weighted_mean_is_that_of_numpy():
+    states, weights = [some(k) for k in range(4)], [3, 1, 0, 7.5]
+    found = S.weighted_mean(zip(states, weights, strict=True))
+    for name in ("a.A", "b.d"):
+        values = np.stack([state[name].double().numpy() for state in states])
+        np.testing.assert_array_equal(found[name].numpy(), np.average(values, 0, weights).astype(np.float32))
+    assert S.digest(found) == S.digest(S.mean(states, weights))
+
+
+def test_weighted_mean_of_equal_states_is_that_state_to_the_bit():
+    weights = [3.0, 5.0, 7.0, 11.0]
+    assert S.digest(S.weighted_mean((some(), weight) for weight in weights)) == S.digest(some())
+
+
+def test_weighted_mean_lets_go_of_every_state_before_the_next():
+    alive, most = weakref.WeakSet(), 0
+
+    def arriving():
+        nonlocal most
+        for k in range(6):
+            state = some(k)
+            alive.update(state.values())
+            most = max(most, len(alive))
+            yield state, 1.0
+            del state
+
+    S.weighted_mean(arriving())
+    assert most <= 2 * 2  # this state and the one before
+
+
+def test_weighted_mean_refuses_what_does_not_fit():
+    wide = some() | {"a.A": torch.zeros(3, 3)}
+    with pytest.raises(FedloraError, match=r"shape of 'a\.A': \(2, 3\), \(3, 3\)"):
+        S.weighted_mean((state, 1.0) for state in (some(), wide))
+    with pytest.raises(FedloraError, match=r"shape of 'a\.A'"):
+        S.stack([some(), wide])
+    with pytest.raises(FedloraError, match="differ in names"):
+        S.weighted_mean((state, 1.0) for state in (some(), {"b.d": torch.zeros(4)}))
+    with pytest.raises(FedloraError, match="non-negative"):
+        S.weighted_mean([(some(), float("nan"))])
 
 
 @pytest.mark.parametrize(

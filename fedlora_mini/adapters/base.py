@@ -37,6 +37,7 @@ class Adapter(nn.Module):
     """
 
     factors: tuple[str, ...] = ()
+    still: tuple[str, ...] = ()  # factors that no optimiser moves: received, or set by the federation
     linear = False  # whether ΔW is linear in the factors: then the mean of the factors gives the mean of the ΔW
     merges = True  # whether it can be folded into the base; a path that is not linear in x cannot
     starts_at_base = True  # whether the layer is the frozen one, to the bit, before the first step
@@ -225,8 +226,12 @@ def kind(module: nn.Module) -> str:
 
 
 def trainable(model: nn.Module) -> State:
-    """What is trained: parameters that require gradients, and the running statistics of norms in training mode."""
-    state: State = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """What is trained: parameters that require gradients, and the running statistics of norms in training mode.
+
+    And the factors that an adapter keeps `still`: no step moves them, but they belong to the state.
+    """
+    still = {f"{path}.{factor}".removeprefix(".") for path, adapter in adapters(model) for factor in adapter.still}
+    state: State = {name: p for name, p in model.named_parameters() if p.requires_grad or name in still}
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training and module.track_running_stats:
             state |= {

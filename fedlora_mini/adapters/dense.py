@@ -16,7 +16,7 @@ class Dense(Adapter):
     The frozen bias stays in `base`; a layer without bias gets none.
     """
 
-    factors = ("D", "d")
+    factors: tuple[str, ...] = ("D", "d")
     linear = True
 
     def __init__(self, base: nn.Module, generator: torch.Generator | None = None) -> None:

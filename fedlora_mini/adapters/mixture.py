@@ -1,4 +1,7 @@
-"""ΔW(x) = B diag(Σ_j ω_j(x) v_j) A: a router mixes several vectors of singular values, all else is frozen."""
+"""ΔW(x) = B diag(Σ_j ω_j(x) v_j) A: a router mixes several vectors of singular values, all else is frozen.
+
+The router's pieces are functions, for the other adapters that mix by x (`hydra`, `calibrated`).
+"""
 
 from typing import Any
 
@@ -8,6 +11,47 @@ from torch import Tensor, nn
 from fedlora_mini.adapters.base import Adapter
 from fedlora_mini.adapters.ops import down, group_size, matrix_shape, to_matrix, up
 from fedlora_mini.errors import FedloraError
+
+
+def pooled(layer: Any, x: Tensor) -> Tensor:
+    """x̄: the mean over tokens or voxels for every row of the batch, (N, c)."""
+    if x.dim() == 2:
+        return x
+    last = isinstance(layer, (nn.Linear, nn.LayerNorm))  # where the channels stand; else second
+    return x.flatten(1, -2).mean(1) if last else x.flatten(2).mean(2)
+
+
+def inputs(layer: Any) -> int:
+    """The width of x̄."""
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def router_of(base: Any, experts: int, generator: torch.Generator | None) -> nn.Parameter:
+    """(k, c_in) ~ N(0, 0.02²): from the first step on every expert has another gradient."""
+    router = 0.02 * torch.randn(experts, inputs(base), generator=generator or torch.default_generator)
+    return nn.Parameter(router.to(base.weight))
+
+
+def route(layer: Any, x: Tensor, router: Tensor) -> Tensor:
+    """ω(x) = softmax(router x̄) for every row of the batch: (N, k). router: (k, c) or (G, k, c)."""
+    router = router.reshape(-1, *router.shape[-2:])
+    G = len(router)
+    omega = (pooled(layer, x).reshape(G, group_size(x, G), -1) @ router.mT).softmax(-1)  # (G, N/G, k)
+    return omega.flatten(0, 1)
+
+
+def mix(omega: Tensor, parts: Tensor) -> Tensor:
+    """Σ_j ω_j(x) parts_j for every row of the batch: (N, d). omega: (N, k), parts: (k, d) or (G, k, d)."""
+    parts = parts.reshape(-1, *parts.shape[-2:])
+    G = len(parts)
+    return (omega.reshape(G, group_size(omega, G), -1) @ parts).flatten(0, 1)
+
+
+def weigh(layer: Any, h: Tensor, w: Tensor) -> Tensor:
+    """Thin features h of `down` times a number for every row and direction, w: (N, r)."""
+    if isinstance(layer, nn.Linear):
+        return h * w.reshape(len(h), *(1,) * (h.dim() - 2), -1)
+    return (h.reshape(len(h), -1, w.shape[1], h[0, 0].numel()) * w[:, None, :, None]).reshape(h.shape)
 
 
 class MixtureSARA(Adapter):
@@ -34,27 +78,12 @@ class MixtureSARA(Adapter):
         U, _, Vh = (t.to(W) for t in torch.linalg.svd(W.double(), full_matrices=False))
         self.register_buffer("A", Vh[: self.rank].contiguous())
         self.register_buffer("B", U[:, : self.rank].contiguous())
-        c = self.base.in_features if isinstance(self.base, nn.Linear) else self.base.in_channels
-        router = 0.02 * torch.randn(experts, c, generator=generator or torch.default_generator)
         self.v = nn.Parameter(torch.zeros(experts, self.rank).to(W))
-        self.router = nn.Parameter(router.to(W))
-
-    def mixed(self, x: Tensor) -> Tensor:
-        """Σ_j ω_j(x) v_j for every row of the batch: (N, r)."""
-        linear = isinstance(self.base, nn.Linear)
-        mean = x.flatten(1, -2).mean(1) if linear and x.dim() > 2 else x if linear else x.flatten(2).mean(2)  # (N, c)
-        v, router = (t.reshape(-1, *t.shape[-2:]) for t in (self.v, self.router))  # (G, k, r), (G, k, c)
-        G = max(len(v), len(router))  # either may be common to all groups
-        omega = (mean.reshape(G, group_size(x, G), -1) @ router.mT).softmax(-1)  # (G, N/G, k)
-        return (omega @ v).reshape(x.shape[0], -1)
+        self.router = router_of(self.base, experts, generator)
 
     def path(self, x: Tensor) -> Tensor:
-        h, weight = down(self.base, x, self.A), self.mixed(x)
-        if isinstance(self.base, nn.Linear):
-            h = h * weight.reshape(len(x), *(1,) * (x.dim() - 2), self.rank)
-        else:
-            h = (h.reshape(len(x), -1, self.rank, h[0, 0].numel()) * weight[:, None, :, None]).reshape(h.shape)
-        return up(self.base, h, self.B)
+        v = mix(route(self.base, x, self.router), self.v)  # (N, r)
+        return up(self.base, weigh(self.base, down(self.base, x, self.A), v), self.B)
 
     def config(self) -> dict[str, Any]:
         return {"rank": self.rank, "experts": self.experts}

@@ -12,11 +12,15 @@ from fedlora_mini.adapters import places, ranks
 from fedlora_mini.adapters.affine import Affine
 from fedlora_mini.adapters.base import Adapter, Where, adapters, freeze, inject, matching, region
 from fedlora_mini.adapters.bias import Bias
+from fedlora_mini.adapters.blend import Blend
 from fedlora_mini.adapters.bottleneck import AdaptFormer, Houlsby
+from fedlora_mini.adapters.calibrated import Calibration, SiteAttention
 from fedlora_mini.adapters.dense import Dense
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.dora import DoRA, EDoRA
+from fedlora_mini.adapters.dual import Dual, Fused
 from fedlora_mini.adapters.gate import IA3
+from fedlora_mini.adapters.hydra import Experts, Hydra, WithRest
 from fedlora_mini.adapters.kronecker import ALoRE
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.adapters.mixture import MixtureSARA
@@ -73,13 +77,15 @@ def _keywords(rule: Callable[..., int]) -> set[str]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained in a model: adapters in their places and the head by `Dense`, or the model's own parameters."""
+    """What is trained in a model: adapters in their places and at the head, or the model's own parameters."""
 
     summary: str
     reference: str = ""
     place: tuple[Placement, ...] = ()
     own: Callable[[str], bool] | None = None  # region -> whether the model's own parameters train there
     lr: float = 5e-3  # Adam's rate to start a search from
+    head: Placement = Placement(Dense, regions=("head",))  # what goes around every layer of the head
+    federated: bool = False  # whether it was made for a federation: `federation.methods` says which parts travel
 
     @property
     def grouped(self) -> bool:
@@ -89,7 +95,7 @@ class Recipe:
     @property
     def options(self) -> frozenset[str]:
         """What `prepare` takes for it."""
-        return frozenset().union(*(p.options for p in self.place))
+        return frozenset().union(*(p.options for p in (*self.place, self.head)))
 
 
 def _at(
@@ -99,6 +105,7 @@ def _at(
 
 
 _NORMS = _at(Affine, places.norms)
+_DECODER = (Placement(Dense, regions=("decoder",)), Placement(Affine, places.norms, ("decoder",)))
 
 ADAPTERS: dict[str, Recipe] = {
     # low rank, the same in every layer
@@ -143,13 +150,31 @@ ADAPTERS: dict[str, Recipe] = {
     "bitfit": Recipe("every bias", "zaken2022bitfit", (_at(Bias, places.biased),)),
     "affine": Recipe("scale and shift of every norm", "", (_NORMS,)),
     "head": Recipe("the head alone (linear probe)"),
-    "decoder": Recipe(
-        "every weight of decoder and head",
-        "",
-        (Placement(Dense, places.layers, ("decoder",)), Placement(Affine, places.norms, ("decoder",))),
-        lr=2e-3,
-    ),
+    "decoder": Recipe("every weight of decoder and head", "", _DECODER, lr=2e-3),
     "full": Recipe("every parameter, norm statistics included", own=lambda region: True, lr=1e-3),
+    # for federations: parts that are shared, a client's own, or received
+    "dual": Recipe("ΔW = s (B A + B_own A_own)", "", (_at(Dual),), federated=True),
+    "fdlora": Recipe("the same, each branch times a number", "qi2024fdlora", (_at(Fused),), federated=True),
+    "hydra": Recipe("a router over several B with one A", "tian2024hydralora", (_at(Hydra),), federated=True),
+    "fedalt": Recipe("a router over B A and the others' mean", "bian2026fedalt", (_at(WithRest),), federated=True),
+    "pfedsam": Recipe("LoRA and a client's own mixture", "wang2025pfedsam", (_at(Experts),), federated=True),
+    "pfedlora": Recipe(
+        "(1 - μ) D_own + μ s B A, D_own every weight", "yi2023pfedlora", (_at(Blend),), lr=2e-3, federated=True
+    ),
+    "lcfed": Recipe(
+        "LoRA, gates by site at the decoder's norms, a calibrated head",
+        "wang2022lcfed",
+        (_at(LoRA), Placement(SiteAttention, places.norms, ("decoder",))),
+        head=Placement(Calibration, regions=("head",)),
+        federated=True,
+    ),
+    "fedmsa": Recipe(
+        "bottlenecks in the encoder, every weight of the decoder",
+        "liu2024fedfms",
+        (Placement(AdaptFormer, places.mlps, ("encoder",)), *_DECODER),
+        lr=2e-3,
+        federated=True,
+    ),
 }
 
 
@@ -173,10 +198,22 @@ def prepare(model: nn.Module, name: str = "lora", seed: int = 0, **options: Any)
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(recipe.own(region(model, path)))
         return model.train()
+    _check_head(model, name)
     put = [each.put(model, seed, options) for each in recipe.place]
     if put and not any(put):
         raise FedloraError(f"{type(model).__name__} has no place for adapter '{name}' ({recipe.summary})")
-    head = Placement(Dense, places.layers, ("head",))
-    if not head.put(model, seed, {}):
-        raise FedloraError(f"{type(model).__name__} has no layer in the region 'head'")
+    recipe.head.put(model, seed, options)
     return model
+
+
+def _check_head(model: nn.Module, name: str) -> None:
+    """Raise unless the model has a head, and the row an adapter for every layer of it."""
+    head = matching(model, lambda path, module: region(model, path) == "head")
+    if not head:
+        raise FedloraError(f"{type(model).__name__} has no layer in the region 'head'")
+    for path, layer in head:
+        try:
+            ADAPTERS[name].head.wrap.check(layer)
+        except FedloraError as error:
+            row = f"adapter '{name}' ({ADAPTERS[name].summary})"
+            raise FedloraError(f"{type(model).__name__} has no place for {row} at '{path}': {error}") from None

@@ -1,6 +1,6 @@
 """Clients simulated in this process: one after another, or several in one pass along the group axis."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,11 @@ from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Key, trainable
 from fedlora_mini.data.base import Split
 from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.federation.aggregation.padded import truncate
 from fedlora_mini.federation.client import Budget, train
-from fedlora_mini.federation.exchange import Request, Server, Update
-from fedlora_mini.federation.methods import Method
-from fedlora_mini.federation.sampling import batch_indices, flips, generator
+from fedlora_mini.federation.exchange import Request, Server, Update, is_model
+from fedlora_mini.federation.member import Member, Setting, on
+from fedlora_mini.federation.row import Method, Work
 from fedlora_mini.state import State
 
 EXECUTIONS = ("auto", "sequential", "grouped")
@@ -24,6 +25,7 @@ class LocalEngine:
 
     execution: "sequential", "grouped" (equal to it up to rounding), or "auto" = grouped where it can be and pays: on an
     accelerator, and on a CPU up to batches of SMALL, beyond which the loop is faster (benchmarks/README.md).
+    ranks: of clients that adapt with fewer directions than the model has.
     """
 
     def __init__(
@@ -36,72 +38,81 @@ class LocalEngine:
         seed: int = 0,
         execution: str = "auto",
         precision: str = "float32",
+        ranks: Mapping[int, int] | None = None,
     ) -> None:
         if execution not in EXECUTIONS:
             raise unknown("execution", execution, EXECUTIONS)
-        self.model, self.method, self.keys, self.budget = model, method, keys, budget
-        self.seed, self.precision = seed, precision
+        self.setting = Setting(model, method, keys, budget, seed, precision)
         self.device = next(model.parameters()).device
-        self.data = [Split(split.images.to(self.device), split.masks.to(self.device)) for split in data]
-        self.clients = list(range(len(data)))
         start = trainable(model)
-        self.memory: dict[int, State] = {client: dict(start) for client in self.clients}
+        self.members = [Member(k, on(self.device, split), dict(start), self.setting) for k, split in enumerate(data)]
+        for client, rank in (ranks or {}).items():
+            self.members[client].memory = truncate(start, rank)
+        self.clients = [member.number for member in self.members]
         can = all(key.factor in _factors(model, key.path) for key in keys.values())
         if execution == "grouped" and not can:
             raise FedloraError(
                 f"'{method.title}' trains a model's own weights, which have no group axis: use execution 'sequential'"
             )
-        can = can and all(term.grouped for term in method.objective)
+        work = type(method.work)
+        plain = work.round is Work.round and all(term.grouped for term in method.objective)
+        plain = plain and not getattr(method.rule, "folds", False)  # frozen weights have no group axis
+        same = len({budget.of(len(member.data)).steps for member in self.members}) == 1 and not ranks
+        if execution == "grouped" and not (plain and same):
+            raise FedloraError(f"'{method.title}' lets clients work one after the other: use execution 'sequential'")
         pays = self.device.type != "cpu" or budget.batch <= SMALL
-        self.grouped = can and pays if execution == "auto" else execution == "grouped"
+        self.grouped = can and plain and same and pays if execution == "auto" else execution == "grouped"
+
+    @property
+    def method(self) -> Method:
+        return self.setting.method
+
+    @property
+    def keys(self) -> Mapping[str, Key]:
+        return self.setting.keys
+
+    @property
+    def memory(self) -> dict[int, State]:
+        return {member.number: member.memory for member in self.members}
 
     def private(self, name: str) -> bool:
         """Whether a tensor never leaves its client."""
-        return not self.method.shared(self.keys[name])
+        return self.setting.private(name)
 
-    def exchange(self, requests: dict[int, Request]) -> list[Update]:
-        for client, request in requests.items():
-            self.memory[client] |= request.state
+    def exchange(self, requests: dict[int, Request]) -> Iterator[Update]:
+        """The updates in the order of clients."""
         order = sorted(requests)
-        groups = [order] if self.grouped else [[client] for client in order]
-        return [update for group in groups for update in self._train(group, requests[group[0]].round)]
+        if self.grouped and len({len(self.members[client].memory) for client in order}) == 1:
+            yield from self._together(order, requests)
+        else:
+            for client in order:
+                yield self.members[client].answer(requests[client])
 
-    def _train(self, group: list[int], round: int) -> list[Update]:
-        indices, rngs = [], []
-        for client in group:
-            rng = generator(self.seed, round, client, "batches")
-            indices.append(batch_indices(len(self.data[client]), self.budget.batch, self.budget.steps, rng))
-            rngs.append(rng)
+    def _together(self, group: list[int], requests: dict[int, Request]) -> Iterator[Update]:
+        members, own = [self.members[client] for client in group], self.setting
+        for member in members:
+            member.receive(requests[member.number])
+        round, budget = requests[group[0]].round, own.budget.of(len(members[0].data))
+        draws = [member.batches(round, budget) for member in members]
 
         def batches(step: int) -> tuple[Tensor, Tensor]:
-            parts = []
-            for client, index, rng in zip(group, indices, rngs, strict=True):
-                rows = index[step - 1].to(self.device)
-                x, y = self.data[client].images[rows], self.data[client].masks[rows]
-                parts.append(flips(x, y, rng) if self.budget.augment else (x, y))
+            parts = [draw(step) for draw in draws]
             return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
-        starts = [self.memory[client] for client in group]
-        ends, losses = train(self.model, self.method, self.keys, starts, batches, self.budget, round, self.precision)
-        return [self._close(*each, round) for each in zip(group, ends, losses, strict=True)]
-
-    def _close(self, client: int, end: State, loss: float, round: int) -> Update:
-        """Keep the private part, unless it is broken; hand out what travels."""
-        own = S.pick(end, self.private)
-        if S.finite(own):
-            self.memory[client] |= own
-        moves = self.method.schedule.moves
-        sent = S.pick(end, lambda n: not self.private(n) and moves(self.keys[n], round, self.budget.steps))
-        return Update(client, sent, float(len(self.data[client])), loss)
+        starts, kept = [member.tensors for member in members], [member.notes for member in members]
+        ends, losses = train(own.model, own.method, own.keys, starts, batches, budget, round, own.precision, kept=kept)
+        yield from (m.close(end, loss, round) for m, end, loss in zip(members, ends, losses, strict=True))
 
     def personal(self, client: int, server: Server) -> State:
-        """The client's own model: the server's shared tensors with the client's private ones."""
-        return server.state | S.pick(self.memory[client], self.private)
+        """The client's own model: the server's shared tensors with the client's private ones, as its work has it."""
+        member = self.members[client]
+        return S.pick(self.method.work.personal(server.state | member.own(member.memory), member), is_model)
 
     def common(self, server: Server) -> State:
         """The model for a site that never trained: shared tensors, and private ones at their weighted mean."""
-        own = [S.pick(self.memory[client], self.private) for client in self.clients]
-        return server.state | S.mean(own, [float(len(self.data[client])) for client in self.clients])
+        own = [member.own(member.memory) for member in self.members]
+        mean = S.mean(own, [float(len(member.data)) for member in self.members])
+        return S.pick(server.state, is_model) | mean
 
 
 def _factors(model: nn.Module, path: str) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ def write_atomically(path: Path, text: str) -> None:
 def save_checkpoint(path: Path, server: Server, engine: LocalEngine, records: list[dict[str, Any]]) -> None:
     """The server's memory, every client's memory and the records so far. No generator: each is made from its key."""
     tensors: dict[str, Tensor] = {f"server/{name}": value for name, value in server.state.items()}
+    tensors |= {f"products/{name}": value for name, value in server.products.items()}
     for client, state in engine.memory.items():
         tensors |= {f"client {client}/{name}": value for name, value in state.items()}
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
@@ -30,6 +31,7 @@ def save_checkpoint(path: Path, server: Server, engine: LocalEngine, records: li
         "round": server.round,
         "changed": server.changed,
         "seen": {str(client): round for client, round in server.seen.items()},
+        "ranks": {str(client): rank for client, rank in server.ranks.items()},
         "records": records,
     }
     part = path.with_name(path.name + ".part")
@@ -46,6 +48,8 @@ def load_checkpoint(path: Path, server: Server, engine: LocalEngine) -> list[dic
             owner, _, name = key.partition("/")
             parts.setdefault(owner, {})[name] = file.get_tensor(key)
     server.state, server.round, server.changed = parts["server"], notes["round"], notes["changed"]
-    server.seen = {int(client): round for client, round in notes["seen"].items()}
-    engine.memory = {client: parts[f"client {client}"] for client in engine.clients}
+    server.seen, server.ranks = ({int(c): value for c, value in notes[part].items()} for part in ("seen", "ranks"))
+    server.products = parts.get("products", {})
+    for member in engine.members:
+        member.memory = parts[f"client {member.number}"]
     return notes["records"]

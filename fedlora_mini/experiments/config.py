@@ -9,6 +9,7 @@ from fedlora_mini.adapters.registry import ADAPTERS
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.client import Budget
 from fedlora_mini.federation.methods import method
+from fedlora_mini.federation.row import Method
 
 DEVICES = ("auto", "cpu", "cuda")  # no mps: means and digests are taken in float64, which it lacks
 PRECISIONS = ("auto", "float32", "bf16")
@@ -29,9 +30,11 @@ class RunConfig:
     model: str = "minisam"
     base: str = "auto"
     rank: int = 4
+    ranks: list[int] = field(default_factory=list)  # by client, in a circle, where the rule takes unequal ranks
     alpha: float | None = None
     rounds: int = 10
     steps: int = 10
+    passes: float | None = None  # local steps by each client's data instead: so many times through it
     batch: int = 8
     lr: float | None = None
     optimiser: str = "adam"
@@ -44,9 +47,10 @@ class RunConfig:
     precision: str = "auto"
     threads: int | None = None  # None = torch's choice, written down in the result
     eval_every: int = 0  # 0 = only at the end
+    change: dict[str, Any] = field(default_factory=dict)  # other numbers in the row, such as {"lam": 0.1}
 
     def __post_init__(self) -> None:
-        adapter = ADAPTERS[method(self.method).adapter]
+        adapter = ADAPTERS[self.row.adapter]
         if self.lr is None:
             object.__setattr__(self, "lr", adapter.lr)
         if self.device not in DEVICES:
@@ -58,11 +62,26 @@ class RunConfig:
         if self.clients is not None and self.dirichlet is None:
             raise FedloraError("clients needs dirichlet: without it every site is one client")
         self.budget  # noqa: B018  raises for a bad one
+        self.ranks_of(1, self.row)
+
+    @property
+    def row(self) -> Method:
+        """The method with this run's changes."""
+        return method(self.method).but(**self.change)
+
+    def ranks_of(self, clients: int, row: Method) -> dict[int, int]:
+        """Client -> its rank; empty if all have the model's."""
+        if self.ranks and not getattr(row.rule, "unequal", False):
+            raise FedloraError(f"'{self.method}' cannot combine unequal ranks; leave out 'ranks'")
+        if self.ranks and not all(1 <= rank <= self.rank for rank in self.ranks):
+            raise FedloraError(f"ranks are numbers from 1 to rank = {self.rank}, got {list(self.ranks)}")
+        return {k: self.ranks[k % len(self.ranks)] for k in range(clients)} if self.ranks else {}
 
     @property
     def budget(self) -> Budget:
         assert self.lr is not None
-        return Budget(self.steps, self.batch, self.lr, self.optimiser, self.weight_decay, self.augment)
+        own = self
+        return Budget(own.steps, own.batch, self.lr, own.optimiser, own.weight_decay, own.augment, passes=own.passes)
 
     def but(self, **changes: Any) -> "RunConfig":
         """A copy with changes."""

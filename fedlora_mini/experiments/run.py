@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,13 +13,13 @@ from torch import nn
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters import ADAPTERS, keys, prepare, trainable
-from fedlora_mini.data import Dataset, Site, Split, load
+from fedlora_mini.data import Dataset, Split, load
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.provenance import machine, versions
-from fedlora_mini.federation import Server, federate, method, repartition
+from fedlora_mini.federation import Server, federate, repartition
 from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.sampling import participants
 from fedlora_mini.metrics import evaluate
@@ -61,16 +61,18 @@ class Federation:
     @classmethod
     def build(cls, config: RunConfig, data: Dataset | None = None) -> "Federation":
         """Model, adapters and clients of a config, on its device; nothing is trained yet."""
-        row = method(config.method)
+        row = config.row
         data = dataset_of(config) if data is None else data
         device = pick_device(config.device)
         model = load_base(config.model, len(data.classes), data.spatial, config.base, config.seed)
         given = {"rank": config.rank, "alpha": config.alpha}
+        given |= {"sites": 1 if row.pooled else len(data.sites), **row.options}
         options = {name: value for name, value in given.items() if name in ADAPTERS[row.adapter].options}
         model = prepare(model, row.adapter, config.seed, **options).to(device)
         start = trainable(model)
         table = keys(model, list(start))
         train = [site.train for site in data.sites]
+        ranks = config.ranks_of(len(train), row)
         engine = LocalEngine(
             model,
             row,
@@ -80,12 +82,13 @@ class Federation:
             config.seed,
             config.execution,
             ("bf16" if device.type == "cuda" else "float32") if config.precision == "auto" else config.precision,
+            ranks,
         )
-        return cls(config, data, model, Server(start), engine)
+        return cls(config, data, model, Server(start, ranks=dict(ranks)), engine)
 
     def rounds(self) -> Any:
         """Run the rounds that are left; yields one `Round` each."""
-        row, config = method(self.config.method), self.config
+        row, config = self.engine.method, self.config
 
         def error_of(before: State, after: State, updates: list[Any]) -> float | None:
             return aggregation_error(self.model, before, after, updates, self.engine.private)
@@ -94,33 +97,44 @@ class Federation:
             return participants(self.engine.clients, config.fraction, config.seed, round)
 
         args = (row, self.engine, self.server, self.engine.keys, config.rounds, config.steps, choose, error_of)
-        return federate(*args)
+        return federate(*args, layers=self.engine.setting.layers)
 
     def client_of(self, site: int) -> int:
-        return 0 if method(self.config.method).pooled else site
+        return 0 if self.engine.method.pooled else site
 
     def evaluate(self, part: str = "test", hd95: bool = True, protocols: tuple[str, ...] = ()) -> dict[str, Any]:
         """Protocol -> site -> scores. Private tensors stand at their weighted mean under `global` and `new site`."""
-        names, out = self.data.classes, {}
+        names, engine = self.data.classes, self.engine
+        out: dict[str, Any] = {}
         wanted = protocols or ("personal", "global", "new site")
-        common = self.engine.common(self.server)
+        common = engine.common(self.server)
 
-        def scores(state: State, split: Split) -> dict[str, Any]:
-            return asdict(evaluate(self.model, state, split, names, hd95))
-
-        def scores_of(sites: tuple[Site, ...]) -> dict[str, Any]:
-            return {site.name: scores(common, getattr(site, part)) for site in sites}
+        def scores(state: State, split: Split, notes: State) -> dict[str, Any]:
+            seen = replace(split, images=engine.method.images(split.images, notes))
+            return asdict(evaluate(self.model, state, seen, names, hd95))
 
         if "personal" in wanted:
-            out["personal"] = {
-                site.name: scores(self.engine.personal(self.client_of(k), self.server), getattr(site, part))
-                for k, site in enumerate(self.data.sites)
-            }
+            out["personal"] = {}
+            for k, site in enumerate(self.data.sites):
+                member = engine.members[self.client_of(k)]
+                state = engine.personal(member.number, self.server)
+                out["personal"][site.name] = scores(state, getattr(site, part), member.notes)
         if "global" in wanted:
-            same = "personal" in out and not any(map(self.engine.private, common))  # nothing is private: one model
-            out["global"] = out["personal"] if same else scores_of(self.data.sites)
+            one = not any(map(engine.private, common)) and not engine.method.work.notes  # one model for all
+            same = "personal" in out and one
+            common_notes = self.server.state
+            out["global"] = (
+                out["personal"]
+                if same
+                else {site.name: scores(common, getattr(site, part), common_notes) for site in self.data.sites}
+            )
         if "new site" in wanted and self.data.unseen:
-            out["new site"] = scores_of(self.data.unseen)
+            notes, new = self.server.state, {}
+            for site in self.data.unseen:
+                seen = engine.method.images(getattr(site, part).images, notes)
+                state = engine.method.work.newcomer(common, engine.members, seen)
+                new[site.name] = scores(state, getattr(site, part), notes)
+            out["new site"] = new
         return out
 
     def states(self) -> dict[str, State]:
@@ -169,7 +183,8 @@ def run(
         write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
         progress(record)
     result = _result(federation, records, perf_counter() - started)
-    tensors = {f"{owner}/{n}": v.cpu().contiguous() for owner, s in federation.states().items() for n, v in s.items()}
+    final = {f"{owner}/{name}": value for owner, s in federation.states().items() for name, value in s.items()}
+    tensors = {name: value.cpu().clone().contiguous() for name, value in final.items()}  # no two share memory
     save_file(tensors, folder / "final.safetensors")
     write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in [*records, result]))
     write_atomically(finished, json.dumps(result, indent=1))

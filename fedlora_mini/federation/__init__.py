@@ -3,8 +3,9 @@
 from fedlora_mini.federation.client import Budget, train
 from fedlora_mini.federation.exchange import Request, Server, Update
 from fedlora_mini.federation.loop import Engine, Round, federate
-from fedlora_mini.federation.methods import METHODS, Method, method
+from fedlora_mini.federation.methods import METHODS, method
 from fedlora_mini.federation.partition import dirichlet, repartition
+from fedlora_mini.federation.row import Method, Work
 
 __all__ = [
     "METHODS",
@@ -15,6 +16,7 @@ __all__ = [
     "Round",
     "Server",
     "Update",
+    "Work",
     "dirichlet",
     "federate",
     "method",

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters.base import Key, adapters, call
+from fedlora_mini.adapters.base import Adapter, Key, adapters, call
+from fedlora_mini.adapters.features import embed
 from fedlora_mini.errors import FedloraError, unknown
-from fedlora_mini.federation.methods import Method
+from fedlora_mini.federation.row import Method
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.regularizers import Context, Regularizer
+from fedlora_mini.regularizers.base import EMPTY
 from fedlora_mini.state import State
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
@@ -55,6 +57,7 @@ class Budget:
     weight_decay: float = 0.0
     augment: bool = True
     pace: str = "constant"  # how the rate moves over the steps of a round
+    passes: float | None = None  # steps by the client's own data instead: so many times through it
 
     def __post_init__(self) -> None:
         if self.optimiser not in OPTIMISERS:
@@ -64,8 +67,23 @@ class Budget:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise FedloraError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.lr <= 0:
-            raise FedloraError(f"lr must be positive, got {self.lr}")
+        for name in ("lr", "passes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise FedloraError(f"{name} must be positive, got {value}")
+
+    def of(self, images: int) -> "Budget":
+        """The budget of a client with so many training images."""
+        if self.passes is None:
+            return self
+        return replace(self, steps=max(1, round(self.passes * images / self.batch)), passes=None)
+
+
+def moves_at_all(key: Key, layers: Mapping[str, Adapter]) -> bool:
+    """Whether an optimiser may move it: no statistics, nothing that its adapter keeps still."""
+    if key.factor.startswith("running_"):
+        return False
+    return key.path not in layers or key.factor not in layers[key.path].still
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -83,21 +101,26 @@ def train(
     round: int,
     precision: str = "float32",
     stop: Stop = lambda step, losses: False,
+    kept: Sequence[Mapping[str, Tensor]] = (),
 ) -> tuple[list[State], list[float]]:
     """K start states -> K end states and K mean losses.
 
     With K > 1 the states are stacked and every factor carries a group axis of K; the loss is the sum of the clients'
-    mean losses, so that no client's gradient sees another's data. The optimiser starts anew each round.
+    mean losses, so that no client's gradient sees another's data. The optimiser starts anew each round. `kept`: every
+    client's notes, for the terms that read them.
     """
     K, grouped, terms = len(states), len(states) > 1, method.objective
     if grouped and (alone := [term.label for term in terms if not term.grouped]):
         raise FedloraError(f"'{alone[0]}' needs clients one after the other: use execution 'sequential'")
     params = S.stack(states) if grouped else S.clone(states[0])
-    movable = [name for name in params if not keys[name].factor.startswith("running_")]
-    optimiser = OPTIMISERS[budget.optimiser]([params[name] for name in movable], budget)
     layers, pace = dict(adapters(model)), PACES[budget.pace]
+    movable = [name for name in params if name in keys and moves_at_all(keys[name], layers)]
+    optimiser = OPTIMISERS[budget.optimiser]([params[name] for name in movable], budget)
+    features = any(term.features for term in terms)
     base = Context(round, 0, {}, dict(keys), budget.lr, budget.steps, layers=layers)
+    base = replace(base, run=lambda state, x: embed(model, state, x))
     contexts = [replace(base, start=s, index=k if grouped else None, memory={}) for k, s in enumerate(states)]
+    contexts = [replace(c, kept=notes) for c, notes in zip(contexts, kept, strict=True)] if kept else contexts
     total, done = torch.zeros(K, device=next(iter(params.values())).device), 0
 
     def views() -> list[State]:
@@ -109,19 +132,34 @@ def train(
             for view, context in zip(views(), contexts, strict=True):
                 seen |= term.view(view, context)
         with autocast(x.device, precision):
-            logits = call(model, seen, x)
+            logits, z = embed(model, seen, x) if features else (call(model, seen, x), EMPTY)
         losses = segmentation_loss(logits, y).view(K, -1).mean(1)  # (K,)
         value = losses.sum()
-        for view, context in zip(views(), contexts, strict=True) if terms else ():
-            value = value + sum(term.penalty(view, context) for term in terms)
+        if terms:
+            for view, context, z_k in zip(views(), contexts, z.chunk(K) if features else [z] * K, strict=True):
+                context = replace(context, z=z_k)
+                value = value + sum(term.penalty(view, context) for term in terms)
         return value, losses.detach()
+
+    def prepared(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        parts = list(zip(x.chunk(K), y.chunk(K), strict=True))
+        for k, context in enumerate(contexts):
+            for term in terms:
+                parts[k] = term.batch(*parts[k], context)
+                parts[k] = term.images(parts[k][0], context.kept), parts[k][1]
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
     for step in range(1, budget.steps + 1):
         for name in movable:
-            params[name].requires_grad_(method.schedule(keys[name], round, step))
-        x, y = batches(step)
+            params[name].requires_grad_(method.schedule(keys[name], round, step, budget.steps))
         now = pace(step / budget.steps)
         optimiser.param_groups[0]["lr"] = budget.lr * now
+        moves = frozenset(name for name in movable if params[name].requires_grad)
+        fresh: dict[str, Any] = {"moves": moves, "step": step, "lr": budget.lr * now, "pace": now, "restart": set()}
+        contexts = [replace(c, **fresh) for c in contexts]
+        x, y = batches(step)
+        if terms:
+            x, y = prepared(x, y)
 
         def again(x: Tensor = x, y: Tensor = y) -> State:
             moving = {name: p for name, p in params.items() if p.requires_grad}
@@ -129,9 +167,8 @@ def train(
                 value, _ = objective(x, y)
                 return dict(zip(moving, torch.autograd.grad(value, list(moving.values())), strict=True))
 
-        moves = frozenset(name for name in movable if params[name].requires_grad)
-        fresh: dict[str, Any] = {"moves": moves, "step": step, "lr": budget.lr * now, "pace": now, "restart": set()}
-        contexts = [replace(c, **fresh, again=c.again if grouped else again) for c in contexts]
+        contexts = [replace(c, x=x_k, y=y_k) for c, x_k, y_k in zip(contexts, x.chunk(K), y.chunk(K), strict=True)]
+        contexts = contexts if grouped else [replace(c, again=again) for c in contexts]
         value, losses = objective(x, y)
         optimiser.zero_grad(set_to_none=True)  # what has no gradient, the optimiser leaves alone
         value.backward()

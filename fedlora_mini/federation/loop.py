@@ -1,25 +1,39 @@
 """The one loop: choose clients, send the news, train, screen, aggregate. All methods and engines go through it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from time import perf_counter
 from typing import Protocol
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters.base import Key
+from fedlora_mini.adapters.base import Adapter, Key
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.federation.exchange import Request, Server, Update, refusal
-from fedlora_mini.federation.methods import Method
+from fedlora_mini.federation.aggregation.padded import truncate
+from fedlora_mini.federation.exchange import (
+    BANK,
+    Request,
+    Server,
+    Update,
+    by_client,
+    is_model,
+    is_note,
+    refusal,
+    wire_bytes,
+)
+from fedlora_mini.federation.fold import fold, fresh, products_in
+from fedlora_mini.federation.row import Method
 from fedlora_mini.state import State
 
 
 class Engine(Protocol):
     """Runs clients somewhere: in this process, or over a network."""
 
-    clients: list[int]
+    @property
+    def clients(self) -> list[int]: ...
 
-    def exchange(self, requests: dict[int, Request]) -> list[Update]:
-        """Let every requested client train and return what it shares. A client that fails returns nothing."""
+    def exchange(self, requests: dict[int, Request]) -> Iterable[Update]:
+        """Let every requested client train; what each shares, in the order of clients. One that fails is left out."""
         ...
 
 
@@ -37,6 +51,38 @@ class Round:
     refused: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Desk:
+    """Where updates come in one by one: it refuses bad ones, keeps count, and puts banked messages aside."""
+
+    expected: State
+    method: Method
+    answered: set[int] = field(default_factory=set)
+    refused: list[str] = field(default_factory=list)
+    weight: float = 0.0
+    loss: float = 0.0
+    bytes: int = 0
+    bank: State = field(default_factory=dict)
+    ranks: dict[int, int] = field(default_factory=dict)
+
+    def screen(self, updates: Iterable[Update]) -> Iterator[Update]:
+        """The usable ones, without their banked messages."""
+        unequal = getattr(self.method.rule, "unequal", False)
+        for update in updates:
+            self.answered.add(update.client)
+            self.bytes += wire_bytes(update.state)
+            reason = refusal(update, self.expected, self.method.work.messages, unequal)
+            if reason is not None:
+                self.refused.append(reason)
+                continue
+            self.weight += update.weight
+            self.loss += update.weight * update.loss
+            self.bank |= by_client(update)
+            if unequal:
+                self.ranks[update.client] = max(len(v) for n, v in update.state.items() if n.endswith(".A"))
+            yield replace(update, state=S.pick(update.state, lambda name: not name.startswith(BANK)))
+
+
 ErrorOf = Callable[[State, State, list[Update]], float | None]
 
 
@@ -49,38 +95,62 @@ def federate(
     steps: int,
     choose: Callable[[int], list[int]],
     agg_err: ErrorOf | None = None,
+    layers: Mapping[str, Adapter] | None = None,
 ) -> Iterator[Round]:
     """Advance `server` in place, one round per iteration, up to `rounds`.
 
     Updates are combined in the order of client ids. One that names, shapes or numbers rule out is refused, reported and
-    left out; if no usable update is left the run stops with an error and the server keeps its last good state.
+    left out; if no usable update is left the run stops with an error and the server keeps its last good state. They
+    pass one by one, so that a streaming rule holds one state; `agg_err` needs them all. layers: the adapters by path,
+    for rules that fold products into frozen weights.
     """
     while server.round < rounds:
         t = server.round + 1
         started = perf_counter()
         travels = {n for n, key in keys.items() if method.shared(key) and method.schedule.moves(key, t, steps)}
-        before = S.pick(server.state, travels.__contains__)
-        requests = {client: Request(t, server.news(client)) for client in choose(t)}
-        updates = sorted(engine.exchange(requests), key=lambda update: update.client)
-        reasons = {update.client: refusal(update, before) for update in updates}
-        good = [update for update in updates if reasons[update.client] is None]
-        refused = [reason for reason in reasons.values() if reason]
-        refused += [f"client {client}: no answer" for client in sorted(requests.keys() - reasons.keys())]
-        if not good:
-            raise FedloraError(f"round {t}: no usable update ({'; '.join(refused)}). A smaller --lr often helps.")
-        after = server.state | (method.rule(before, good) if travels else {})
-        error = agg_err(server.state, after, good) if agg_err is not None else None
+        before = {name: value for name, value in server.state.items() if name in travels or is_note(name)}
+        requests = {client: Request(t, told(method, server, client)) for client in choose(t)}
+        desk = Desk(S.pick(before, is_model), method)
+        arriving = desk.screen(engine.exchange(requests))
+        first = next(arriving, None)
+        good: Iterable[Update] = () if first is None else chain([first], arriving)
+        if agg_err is not None or not travels:
+            good = list(good)
+        returned: State = {}
+        if first is not None and (travels or method.work.messages):
+            returned = method.rule(before, good)
+        desk.refused += [f"client {client}: no answer" for client in sorted(requests.keys() - desk.answered)]
+        if first is None:
+            raise FedloraError(f"round {t}: no usable update ({'; '.join(desk.refused)}). A smaller --lr often helps.")
+        products = products_in(returned)
+        new = {name: value for name, value in returned.items() if name not in products} | desk.bank
+        new |= fold(server.state, products, layers or {})
+        after = server.state | new
+        error = agg_err(server.state, after | products, list(good)) if agg_err is not None else None
         server.seen |= dict.fromkeys(requests, server.round)
-        server.state, server.round = after, t
-        server.changed |= dict.fromkeys(travels, t)
-        total = sum(update.weight for update in good)
+        server.changed |= dict.fromkeys(new, t)
+        server.ranks |= desk.ranks
+        if getattr(method.rule, "fresh", False):
+            after |= fresh(after, t + 1, layers or {})
+        server.state, server.products, server.round = after, products, t
         yield Round(
             round=t,
             clients=sorted(requests),
-            loss=sum(update.weight * update.loss for update in good) / total,
-            bytes_up=sum(S.nbytes(update.state) for update in updates),
-            bytes_down=sum(S.nbytes(request.state) for request in requests.values()),
+            loss=desk.loss / desk.weight,
+            bytes_up=desk.bytes,
+            bytes_down=sum(wire_bytes(request.state) for request in requests.values()),
             agg_err=error,
             seconds=perf_counter() - started,
-            refused=refused,
+            refused=desk.refused,
         )
+
+
+def told(method: Method, server: Server, client: int) -> State:
+    """The news for one client, as the method's rule offers them, at the client's rank."""
+    news = server.news(client)
+    offer = getattr(method.rule, "offer", None)
+    if offer is not None:
+        news = offer(news, server.state, client)
+    rank = server.ranks.get(client)
+    return news if rank is None else truncate(news, rank)
+

@@ -21,6 +21,20 @@ nothing = Sharing("nothing", lambda key: False)
 everything = Sharing("everything", lambda key: True)
 all_but_norms = Sharing("all but norms", lambda key: key.kind != "norm")
 
+all_but_head = Sharing("all but the head", lambda key: key.region != "head")
+encoder_only = Sharing("the encoder", lambda key: key.region == "encoder")
+decoder_only = Sharing("the decoder and head", lambda key: key.region != "encoder")
+
+
+def common(head: bool = True, without: tuple[str, ...] = ("router", "site", "mix")) -> Sharing:
+    """Everything but what belongs to a client by its name: factors `…_own`, `…_rest`, and those in `without`."""
+
+    def test(key: Key) -> bool:
+        own = key.factor.endswith(("_own", "_rest")) or key.factor in without
+        return not own and (head or key.region != "head")
+
+    return Sharing("common factors" + (", head" if head else ""), test)
+
 
 def factors(encoder: str, decoder: str, head: bool) -> Sharing:
     """Share factor `encoder` of encoder layers, factor `decoder` of decoder layers, and the head or not."""

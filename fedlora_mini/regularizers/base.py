@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedlora_mini.adapters.base import Adapter, Key
@@ -13,6 +14,13 @@ from fedlora_mini.state import State
 
 def _cannot() -> State:
     raise FedloraError("gradients can be taken again only where clients train one after the other")
+
+
+def _no_model(state: State, x: Tensor) -> tuple[Tensor, Tensor]:
+    raise FedloraError("there is no network in this context")
+
+
+EMPTY = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,11 @@ class Context:
     memory: dict[str, Any] = field(default_factory=dict)  # its own, kept from step to step within a round
     restart: set[str] = field(default_factory=set)  # names put in here: the optimiser forgets its moments of them
     again: Callable[[], State] = _cannot  # the gradients on the same batch at the state as it is now
+    kept: Mapping[str, Tensor] = field(default_factory=dict)  # the client's notes (`federation.exchange.is_note`)
+    x: Tensor = EMPTY  # this step's images and masks, of this client alone
+    y: Tensor = EMPTY
+    z: Tensor = EMPTY  # the head's input on x at the state as it is, for terms that ask for `features`
+    run: Callable[[State, Tensor], tuple[Tensor, Tensor]] = _no_model  # (another state, x) -> logits and z
 
     def of(self, factor: str, state: Mapping[str, Tensor]) -> list[str]:
         """Names in `state` whose role is `factor`."""
@@ -41,11 +54,20 @@ class Context:
 class Regularizer:
     """All hooks see ONE client's state; with several clients in one pass they are called for each in turn.
 
-    A step is: view -> forward -> loss + penalty -> backward -> gradient_ -> optimiser -> prox_.
+    A step is: batch -> images -> view -> forward -> loss + penalty -> backward -> gradient_ -> optimiser -> prox_.
     """
 
     label: str = ""
     grouped: bool = True  # whether it may be used while clients train along the group axis
+    features: bool = False  # whether it reads `context.z`
+
+    def batch(self, x: Tensor, y: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Other images, or more of them, for this step's training."""
+        return x, y
+
+    def images(self, x: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+        """What the network is given for images x, in training and afterwards, by the client's notes."""
+        return x
 
     def view(self, state: State, context: Context) -> State:
         """Further tensors that the forward pass of this step shall see, by name, such as a perturbed frozen weight."""

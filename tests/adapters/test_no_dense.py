@@ -13,14 +13,16 @@ from fedlora_mini.adapters import ADAPTERS, Dense, call, keys, prepare, trainabl
 from fedlora_mini.adapters.bottleneck import AdaptFormer, Houlsby
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.dora import DoRA, EDoRA
+from fedlora_mini.adapters.dual import Dual, Fused
 from fedlora_mini.adapters.gate import IA3
 from fedlora_mini.adapters.grouped import per_sample_gradients
+from fedlora_mini.adapters.hydra import Experts, Hydra, WithRest
 from fedlora_mini.adapters.kronecker import ALoRE
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.adapters.mixture import MixtureSARA
 from fedlora_mini.adapters.prilora import PRILoRA
 from fedlora_mini.federation.client import Budget, train
-from fedlora_mini.federation.methods import Method
+from fedlora_mini.federation.row import Method
 from fedlora_mini.federation.sharing import everything
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.models.minisam import Block
@@ -60,6 +62,7 @@ LAYERS = {
     "transposed": (lambda: nn.ConvTranspose2d(D // 4, D, 2, stride=2), (2, D // 4, 2, 2)),
 }
 WRAPS = (LoRA, Diagonal, DoRA, EDoRA, ALoRE, MixtureSARA, PRILoRA, Houlsby, AdaptFormer, IA3)
+WRAPS += (Dual, Fused, Hydra, WithRest, Experts)
 COPIES = {DoRA, EDoRA}  # W_0 of a transposed convolution, put into the order of a matrix
 
 

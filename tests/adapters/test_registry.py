@@ -51,6 +51,18 @@ def test_the_options_of_a_placement_are_its_adapters_arguments_or_its_rules():
     assert Placement(Wrap, rank=by_spectrum).options == {"tau", "largest", "size", "colour"}
 
 
+def test_a_row_may_have_its_own_adapter_for_the_head_and_its_options_reach_it():
+    own = Recipe("", place=(Placement(LoRA),), head=Placement(Wrap, regions=("head",), fixed={"colour": "blue"}))
+    assert own.options == {"rank", "alpha", "rslora", "size"} and Recipe("").head.wrap is Dense
+    for row, recipe in ADAPTERS.items():
+        assert recipe.head.regions == ("head",), row
+        assert not any("head" in place.regions for place in recipe.place), row  # a layer is wrapped once
+    model = prepare(small(), "lcfed", sites=3)
+    wraps = {region(model, path): type(adapter).__name__ for path, adapter in adapters(model)}
+    assert wraps["head"] == "Calibration" and model.head.sites == 3
+    assert {a.sites for _, a in adapters(model) if "sites" in a.config()} == {3}
+
+
 def test_the_options_of_a_row_are_those_of_its_placements_and_are_not_what_the_row_itself_has_fixed():
     assert Recipe("", place=(Placement(Wrap, fixed={"size": 1.0}), Placement(Dense))).options == {"rank", "colour"}
     assert Recipe("").options == Recipe("", own=lambda region: True).options == frozenset()
@@ -194,6 +206,15 @@ def heads(model):
     }
 
 
+def accepts(placement, layer):
+    """Whether its adapter is defined for the layer."""
+    try:
+        placement.wrap.check(layer)
+    except FedloraError:
+        return False
+    return True
+
+
 def test_every_layer_and_norm_that_takes_part_is_meant_and_nothing_else(network):
     """Against what a forward pass calls and a backward pass reaches: without MONAI's norms for no cross-attention."""
     _, model, called = network
@@ -246,7 +267,8 @@ def test_every_row_finds_its_places_and_no_two_placements_the_same(network):
         places_of = [
             {p for p in found(model, place.where) if region(model, p) in place.regions} for place in recipe.place
         ]
-        assert any(places_of) == (bool(recipe.place) and name not in HOMELESS.get(row, ())), row
+        crowned = all(accepts(recipe.head, model.get_submodule(path)) for path in heads(model))
+        assert (any(places_of) and crowned) == (bool(recipe.place) and name not in HOMELESS.get(row, ())), row
         assert sum(map(len, places_of)) == len(set().union(*places_of)), row  # a layer is wrapped once
         assert not set().union(*places_of) & heads(model), row
         for place, paths in zip(recipe.place, places_of, strict=True):

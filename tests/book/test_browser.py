@@ -210,4 +210,4 @@ def test_every_picture_of_the_adapter_chapters_is_drawn_and_numbered(browser: An
 def test_the_zoo_s_table_has_every_adapter_of_the_library(browser: Any) -> None:
     with Visit(browser, f"{HTML.as_uri()}/04_adapter_zoo.html") as visit:
         rows = visit.page.locator("table.dataframe th").all_inner_texts()
-        assert set(ADAPTERS) <= {text.strip() for text in rows}
+        assert {name for name, row in ADAPTERS.items() if not row.federated} <= {text.strip() for text in rows}

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.adapters import LoRA, adapters, keys, load_state, prepare, trainable
 from fedlora_mini.federation import METHODS, Update
-from fedlora_mini.federation.aggregation import aggregation_error, mean
+from fedlora_mini.federation.aggregation import aggregation_error, mean, padded, residual, stack, svd, truncate
 from fedlora_mini.models import build
 
 
@@ -64,6 +66,95 @@ def test_layers_with_a_private_factor_have_no_common_update(setting):
     assert error(setting, {n for n in start if n.endswith(".A")}, private=lambda n: n.endswith(".B")) is None
 
 
+def dense_error(setting, rule, updates):
+    """The definition, with every ΔW in full."""
+    model, start, _, table = setting
+    after = start | rule(start, updates)
+    p = [u.weight / sum(u.weight for u in updates) for u in updates]
+    lost = kept = 0.0
+    for path in {key.path for key in table.values() if key.factor == "A"}:
+        scale = model.get_submodule(path).scaling
+        whole = sum(
+            p_k * scale * u.state[f"{path}.B"] @ u.state[f"{path}.A"] for p_k, u in zip(p, updates, strict=True)
+        )
+        new = scale * after[f"{path}.B"] @ after[f"{path}.A"]
+        if f"{path}.fold.A" in after:
+            new = new + scale * after[f"{path}.fold.B"] @ after[f"{path}.fold.A"]
+        lost += (whole - new).square().sum().item()
+        kept += whole.square().sum().item()
+    return aggregation_error(model, start, after, updates, lambda name: False), (lost / kept) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def scaled():
+    """The same with alpha = 5 at rank 3, where s = 5/3; B starts at zero, as in FLoRA's rounds."""
+    model = prepare(build("minisam", 2, d=16, depth=1, stem=4, width=4), "lora", rank=3, alpha=5.0).double()
+    torch.manual_seed(1)
+    start = {n: torch.randn_like(v) * (not n.endswith(".B")) for n, v in trainable(model).items()}
+    clients = [{name: value + torch.randn_like(value) for name, value in start.items()} for _ in range(3)]
+    return model, start, clients, keys(model, list(start))
+
+
+CASES = [(rule, (3, 3, 3)) for rule in (mean, padded, svd, stack, residual)]
+CASES += [(rule, (1, 3, 2)) for rule in (padded, svd, stack)]
+
+
+@pytest.mark.parametrize(("rule", "ranks"), CASES)
+def test_the_error_of_a_rule_is_that_of_the_definition(scaled, rule, ranks):
+    """What is folded into W_0 counts as part of the update; client ranks may be unequal."""
+    updates = [Update(k, truncate(c, r), k + 1.0) for k, (c, r) in enumerate(zip(scaled[2], ranks, strict=True))]
+    found, expected = dense_error(scaled, rule, updates)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert found < 1e-12 if rule in (stack, residual) else found > 0.01
+
+
+class Largest(TorchDispatchMode):
+    """The number of entries of the largest tensor that anything made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            self.numel = max(self.numel, value.numel() if isinstance(value, torch.Tensor) else 0)
+        return out
+
+
+def test_the_error_of_low_rank_layers_forms_no_update():
+    m, n, r, K = 90, 80, 2, 3
+    model = nn.Sequential(LoRA(nn.Linear(n, m), rank=r))
+    torch.manual_seed(0)
+    start, *clients = [{name: torch.randn_like(v) for name, v in trainable(model).items()} for _ in range(K + 1)]
+    updates = [Update(k, c, 1.0) for k, c in enumerate(clients)]
+    with Largest() as largest:
+        assert aggregation_error(model, start, residual(start, updates), updates, lambda name: False) < 1e-6
+    assert 0 < largest.numel <= (2 * K + 1) * r * m < m * n
+
+
+@pytest.mark.parametrize("row", ["arena", "dora", "alore"])
+def test_the_error_of_other_adapters_is_that_of_their_own_update(row):
+    """By ΔW itself where it is no product, and thin with v in the pair where it is."""
+    model = prepare(build("minisam", 2, d=16, depth=1, stem=4, width=4), row).double()
+    torch.manual_seed(2)
+    start = {name: value + 0.3 * torch.randn_like(value) for name, value in trainable(model).items()}
+    clients = [{name: value + 0.3 * torch.randn_like(value) for name, value in start.items()} for _ in range(3)]
+    updates = [Update(k, c, k + 1.0) for k, c in enumerate(clients)]
+    after, lost, kept = mean(start, updates), 0.0, 0.0
+    for path, adapter in adapters(model):
+        if adapter.linear:
+            continue
+
+        def delta(state, path=path, adapter=adapter):
+            load_state(model, S.pick(state, lambda n: n.startswith(f"{path}.")))
+            return adapter.delta().detach()
+
+        whole = sum((k + 1) / 6 * delta(c) for k, c in enumerate(clients))
+        lost += (whole - delta(after)).square().sum().item()
+        kept += whole.square().sum().item()
+    found = aggregation_error(model, start, after, updates, lambda name: False)
+    assert found == pytest.approx((lost / kept) ** 0.5, rel=1e-9) and found > 0
+
+
 def test_the_mean_of_equal_clients_is_the_client(setting):
     _, start, clients, _ = setting
     updates = [Update(k, clients[0], float(k + 1)) for k in range(4)]
@@ -79,4 +170,4 @@ def test_every_row_of_the_table_names_things_that_exist(setting):
         assert row.adapter in ADAPTERS, name
         assert row.title and row.shared.label and row.schedule.label
         if row.adapter == "lora":
-            assert any(row.schedule(key, 1, 1) for key in table.values()), f"{name} trains nothing"
+            assert any(row.schedule(key, 1, 1, 1) for key in table.values()), f"{name} trains nothing"

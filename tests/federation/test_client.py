@@ -10,7 +10,7 @@ from fedlora_mini import state as S
 from fedlora_mini.adapters import adapters, call, keys, prepare, trainable
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.client import PACES, Budget, constant, cosine, train
-from fedlora_mini.federation.methods import Method
+from fedlora_mini.federation.row import Method
 from fedlora_mini.federation.schedule import Schedule, together
 from fedlora_mini.federation.sharing import everything
 from fedlora_mini.losses import segmentation_loss
@@ -150,7 +150,7 @@ def test_the_start_and_the_model_are_left_alone(model):
 
 def test_what_the_schedule_holds_still_keeps_its_bits(model):
     """Also under weight decay; at every step anew."""
-    alternate = Schedule("A at odd steps", lambda key, round, step: (key.factor == "A") == bool(step % 2))
+    alternate = Schedule("A at odd steps", lambda key, round, step, steps: (key.factor == "A") == bool(step % 2))
     notes = []
     [end], _ = fit(model, Spy(notes=notes), schedule=alternate, steps=4, weight_decay=0.1)
     ends = {c.step: state for hook, _, c, state, _ in notes if hook == "prox"}
@@ -254,7 +254,7 @@ def test_the_optimiser_steps_between_gradient_and_prox_by_what_gradient_left(mod
 
 def test_what_the_context_says(model):
     first, second = [], []
-    schedule = Schedule("no A", lambda key, round, step: key.factor != "A")
+    schedule = Schedule("no A", lambda key, round, step, steps: key.factor != "A")
     fit(model, Spy(notes=first), steps=4, pace="cosine", round=3, schedule=schedule)
     start = trainable(model)
     for _, _, c, _, _ in first:
@@ -376,7 +376,7 @@ def test_again_is_the_gradient_of_the_whole_objective_where_the_state_is_now(mod
 
 
 def test_again_gives_what_moves_and_changes_no_step(model):
-    only_B = Schedule("only B", lambda key, round, step: key.factor == "B")
+    only_B = Schedule("only B", lambda key, round, step, steps: key.factor == "B")
     term = Again("encoder.blocks.0.qkv", 0.0)
     [end], _ = fit(model, term, schedule=only_B)
     assert all({name.rpartition(".")[2] for name in found} == {"B"} for _, _, found in term.notes)

@@ -6,7 +6,7 @@ import torch
 from fedlora_mini.adapters.base import freeze, inject, keys, region, trainable
 from fedlora_mini.adapters.ops import LAYERS
 from fedlora_mini.federation.client import Budget, train
-from fedlora_mini.federation.methods import Method
+from fedlora_mini.federation.row import Method
 from fedlora_mini.federation.schedule import together
 from fedlora_mini.federation.sharing import everything
 from fedlora_mini.models import build

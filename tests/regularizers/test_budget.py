@@ -157,7 +157,7 @@ def test_it_leaves_everything_but_v_alone(adapted, fit):
 def test_a_v_that_stands_still_keeps_its_bits(adapted, fit):
     """v moves at odd steps only: a mask that falls on an even one waits."""
     model = adapted(Diagonal, rank=4, start="unit")
-    odd = Schedule("v at odd steps", lambda key, round, step: key.factor != "v" or step % 2 == 1)
+    odd = Schedule("v at odd steps", lambda key, round, step, steps: key.factor != "v" or step % 2 == 1)
     d = 4 * len(alive(trainable(model)))
     for steps, directions in ((6, d), (7, d // 4), (8, d // 4)):
         [end] = fit(model, RankBudget(1, cool=0.25, every=2, total=8), schedule=odd, steps=steps)

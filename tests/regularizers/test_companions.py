@@ -30,7 +30,7 @@ from fedlora_mini.regularizers.companions import COMPANIONS, companions
 from fedlora_mini.state import finite, norm, sub
 
 SMALL = {"minisam": dict(d=16, depth=1, stem=4, width=4), "unet": dict(features=(8, 8, 8))}
-no_v = Schedule("no v", lambda key, round, step: key.factor != "v")
+no_v = Schedule("no v", lambda key, round, step, steps: key.factor != "v")
 
 
 def network(row, name="minisam", **options):

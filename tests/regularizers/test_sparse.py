@@ -160,7 +160,7 @@ def test_gauss_seidel_takes_the_gradient_after_the_other_factors_have_moved(one)
 
 def test_the_orders_agree_where_nothing_else_moves_and_differ_where_it_does(adapted, fit):
     model = adapted(Diagonal, torch.float64, noise=0.1, rank=2, start="gate")
-    only_v = Schedule("v", lambda key, round, step: key.factor == "v")
+    only_v = Schedule("v", lambda key, round, step, steps: key.factor == "v")
     for schedule, same in ((only_v, True), (together, False)):
         ends = [fit(model, L1(1e-3, order=o), schedule=schedule, steps=3)[0] for o in ("simultaneous", "gauss_seidel")]
         assert all(torch.allclose(ends[0][n], ends[1][n], rtol=1e-9) for n in ends[0] if n.endswith("v")) == same
@@ -170,7 +170,7 @@ def test_frozen_at_one_it_leaves_lora_to_the_bit(adapted, fit):
     """λ = 0, v = 1 standing still: A and B are those of LoRA."""
     ends = []
     for wrap, terms, options in ((LoRA, (), {"alpha": 3.0}), (Diagonal, (L1(0.0),), {"alpha": 3.0})):
-        still = Schedule("no v", lambda key, round, step: key.factor != "v")
+        still = Schedule("no v", lambda key, round, step, steps: key.factor != "v")
         [end] = fit(adapted(wrap, rank=3, **options), *terms, schedule=still)
         ends.append(end)
     assert all(torch.equal(ends[1][name], value) for name, value in ends[0].items())

@@ -21,7 +21,7 @@ from fedlora_mini.experiments.fewshot.arms import arm
 from fedlora_mini.experiments.fewshot.tasks import task
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.federation.client import Budget, train
-from fedlora_mini.federation.methods import Method
+from fedlora_mini.federation.row import Method
 from fedlora_mini.federation.sampling import batch_indices, flips, generator
 from fedlora_mini.federation.sharing import everything
 from fedlora_mini.metrics import evaluate
@@ -132,7 +132,13 @@ def _drawn(name: str, shots: int, split: int) -> tuple[Split, Split, tuple[str, 
 
 
 def _ranks(model: nn.Module, state: State) -> dict[str, Any]:
-    """Rank by layer, its sum, a smooth count, the update's nuclear norm, and the numbers left after pruning."""
+    """Rank by layer, its sum, a smooth count, the update's nuclear norm, and the numbers left after pruning.
+
+    A run that diverged has no spectrum: it says so, and counts zeros.
+    """
+    if not S.finite(state):
+        none = {"ranks": {}, "rank": 0, "effective_rank": 0.0, "nuclear": 0.0, "l1_v": 0.0}
+        return {**none, "kept": S.count(state), "diverged": True}
     found = pairs(model, state)
     counts = ranks(model, state)
     spectra = [singular_values(P, Q) for P, Q in found.values()]

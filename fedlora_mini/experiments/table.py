@@ -1,0 +1,201 @@
+"""The method table in words and bytes, and the proof by a tiny run: what was really trained, sent and kept."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+
+from fedlora_mini import state as S
+from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.adapters.base import REGIONS, Key
+from fedlora_mini.adapters.registry import ADAPTERS
+from fedlora_mini.data import Dataset, load
+from fedlora_mini.engines import LocalEngine
+from fedlora_mini.federation import Budget, Request, Server, Update, federate, method
+from fedlora_mini.federation.client import moves_at_all
+from fedlora_mini.federation.exchange import is_model, is_note
+from fedlora_mini.models import build
+
+SITES = 3
+
+
+def words(chosen: Iterable[Key], table: Iterable[Key]) -> str:
+    """A set of tensors by factor and region: "A, B, head", "B of encoder, A of decoder", "encoder, head"."""
+    factors: dict[str, set[str]] = {name: set() for name in REGIONS}
+    every: dict[str, set[str]] = {name: set() for name in REGIONS}
+    for key in chosen:
+        factors[key.region].add(key.factor)
+    for key in table:
+        every[key.region].add(key.factor)
+    body = [name for name in REGIONS[:2] if every[name]]
+    many = any("weight" in every[name] for name in body)  # a network's own weights have no roles worth naming
+    text = []
+    if body and all(factors[name] == factors[body[0]] for name in body) and factors[body[0]] and not many:
+        text += sorted(factors[body[0]])
+    else:
+        for name in body:
+            if factors[name] == every[name] and factors[name]:
+                text.append(name if many else f"{', '.join(sorted(factors[name]))} of {name}")
+            elif factors[name]:
+                rest = sorted(every[name] - factors[name])
+                text.append(
+                    f"{name} without {', '.join(rest)}" if many else f"{', '.join(sorted(factors[name]))} of {name}"
+                )
+    if factors["head"]:
+        whole = factors["head"] == every["head"]
+        text.append("head" if whole else f"{', '.join(sorted(factors['head']))} of head")
+    return ", ".join(text) or "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in words, with the bytes that one client sends and receives in a typical round (the second)."""
+
+    name: str
+    title: str
+    adapter: str
+    trained: str
+    sent: str
+    kept: str
+    server: str
+    beside: str  # objective and work
+    bytes_up: int
+    bytes_down: int
+
+
+def setting(name: str, model: str = "minisam", data: Dataset | None = None) -> tuple[LocalEngine, Server]:
+    """A tiny federation of the row: SITES clients of six 32-pixel phantoms."""
+    row = method(name)
+    data = load("phantom", size=32, sites=SITES, unseen=0, per_site=6, val=2, test=2) if data is None else data
+    options: dict[str, Any] = {"rank": 4, "sites": 1 if row.pooled else SITES}
+    known = ADAPTERS[row.adapter].options
+    network = prepare(build(model, len(data.classes)), row.adapter, **{n: v for n, v in options.items() if n in known})
+    start = trainable(network)
+    splits = [site.train for site in data.sites]
+    splits = [type(splits[0]).concat(splits)] if row.pooled else splits
+    budget = Budget(steps=4, batch=2, lr=1e-3)
+    return LocalEngine(network, row, keys(network, list(start)), splits, budget), Server(start)
+
+
+def describe(name: str, engine: LocalEngine, up: int, down: int) -> Row:
+    """The row's words, from the tensors of a network."""
+    row, table, budget = engine.method, engine.keys, engine.setting.budget
+    layers = engine.setting.layers
+    moving = [
+        key
+        for key in table.values()
+        if moves_at_all(key, layers) and any(row.schedule.moves(key, t, budget.steps) for t in (1, 2))
+    ]
+    sent = [key for key in table.values() if row.shared(key) and key in moving]
+    kept = [key for key in table.values() if not row.shared(key)]
+    say = words(sent, table.values()) if sent else ""
+    messages = [_plain(m) for m in row.work.messages]
+    notes = [_plain(m) for m in row.work.notes]
+    held = words(kept, table.values()) if kept else ""
+    rule = str(getattr(row.rule, "label", None) or getattr(row.rule, "__name__", type(row.rule).__name__))
+    beside = [term.label for term in row.objective] + ([row.work.label] if row.work.label else [])
+    return Row(
+        name,
+        row.title,
+        row.adapter,
+        words(moving, table.values())
+        + ("" if row.schedule.label == "all at every step" else f" ({row.schedule.label})"),
+        "everything, at one client" if row.pooled else ", ".join(filter(None, [say, *messages])) or "nothing",
+        ", ".join(filter(None, [held, *notes])) or "nothing",
+        "-" if not (sent or messages) else rule.replace("_", " "),
+        "; ".join(beside) or "-",
+        up,
+        down,
+    )
+
+
+def _plain(pattern: str) -> str:
+    """A note's name as a word: "~bank/head/*" -> "head"."""
+    return {"*~mask": "masks", "~bank/style": "amplitude", "~bank/head/*": "head"}.get(
+        pattern, pattern.strip("~*/").rpartition("/")[2]
+    )
+
+
+@dataclass
+class Witness:
+    """An engine that looks over another's shoulder: what travelled, and whether it may."""
+
+    engine: LocalEngine
+    problems: list[str] = field(default_factory=list)
+    up: list[int] = field(default_factory=list)
+
+    @property
+    def clients(self) -> list[int]:
+        return self.engine.clients
+
+    def exchange(self, requests: dict[int, Request]) -> list[Update]:
+        before = {client: dict(memory) for client, memory in self.engine.memory.items()}
+        told = {client: dict(request.state) for client, request in requests.items()}
+        updates = list(self.engine.exchange(requests))
+        row, table, budget = self.engine.method, self.engine.keys, self.engine.setting.budget
+        for update in updates:
+            round = requests[update.client].round
+            expected = {n for n, k in table.items() if row.shared(k) and row.schedule.moves(k, round, budget.steps)}
+            self._same("sends", update.client, expected, {n for n in update.state if is_model(n)})
+            odd = [n for n in update.state if is_note(n) and not any(fnmatch(n, p) for p in row.work.messages)]
+            odd += [n for n in told[update.client] if self.engine.private(n) and not n.endswith("_rest")]
+            if odd:
+                self.problems.append(f"client {update.client}: '{odd[0]}' travelled and should not")
+            self._moved(update, before[update.client] | told[update.client], round)
+        return updates
+
+    def _same(self, verb: str, client: int, expected: set[str], found: set[str]) -> None:
+        if expected != found:
+            self.problems.append(f"client {client} {verb} {len(found)} tensors instead of {len(expected)}")
+
+    def _moved(self, update: Update, before: Mapping[str, torch.Tensor], round: int) -> None:
+        """Trained tensors have moved, at least one of a kind; others kept their bits."""
+        row, table, budget = self.engine.method, self.engine.keys, self.engine.setting.budget
+        after = self.engine.memory[update.client] | S.pick(update.state, is_model)
+        layers, fresh = self.engine.setting.layers, getattr(row.rule, "fresh", False)
+        for name, key in table.items():
+            may = moves_at_all(key, layers) and row.schedule.moves(key, round, budget.steps)
+            received = name not in before or not moves_at_all(key, layers)
+            still = not (may or received or fresh or key.factor.startswith("running_"))
+            if still and not torch.equal(after[name], before[name]):
+                self.problems.append(f"client {update.client}: '{name}' moved and should not")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a tiny run showed."""
+
+    row: Row
+    problems: list[str]
+    moved: set[str]
+
+
+def check(name: str, model: str = "minisam", rounds: int = 2, data: Dataset | None = None) -> Checked:
+    """Run the row for two rounds and compare what travelled with what it says."""
+    engine, server = setting(name, model, data)
+    witness, row = Witness(engine), engine.method
+    start = S.clone(server.state)
+    args = (row, witness, server, engine.keys, rounds, engine.setting.budget.steps, lambda round: engine.clients)
+    records = list(federate(*args, layers=engine.setting.layers))
+    clients = len(engine.clients)
+    moved = {key.factor for name, key in engine.keys.items() if _changed(engine, server, start, name)}
+    if not moved:
+        witness.problems.append("nothing was trained")
+    for record in records:
+        witness.problems += record.refused
+    up, down = records[-1].bytes_up // clients, records[-1].bytes_down // clients
+    return Checked(describe(name, engine, up, down), witness.problems, moved)
+
+
+def _changed(engine: LocalEngine, server: Server, start: S.State, name: str) -> bool:
+    own = [engine.memory[client][name] for client in engine.clients] + [server.state[name]]
+    return any(value.shape != start[name].shape or not torch.equal(value, start[name]) for value in own)
+
+
+def table(names: Iterable[str], model: str = "minisam") -> list[Checked]:
+    """Every row, checked by its run: the words and the bytes come from there."""
+    torch.set_num_threads(1)
+    data = load("phantom", size=32, sites=SITES, unseen=0, per_site=6, val=2, test=2)
+    return [check(name, model, data=data) for name in names]

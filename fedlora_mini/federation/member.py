@@ -1,0 +1,132 @@
+"""A client: one site's data, its memory between rounds, and how it answers the server."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora_mini import state as S
+from fedlora_mini.adapters.base import Adapter, Key, adapters
+from fedlora_mini.data.base import Split
+from fedlora_mini.federation.client import Batches, Budget, train
+from fedlora_mini.federation.exchange import Request, Update, is_model, is_note
+from fedlora_mini.federation.fold import fold, fresh, products_in
+from fedlora_mini.federation.row import Method
+from fedlora_mini.federation.sampling import batch_indices, flips, generator
+from fedlora_mini.state import State
+
+
+@dataclass
+class Setting:
+    """What all clients of a run have in common. `model` is prepared for the method's adapter."""
+
+    model: nn.Module
+    method: Method
+    keys: Mapping[str, Key]
+    budget: Budget
+    seed: int = 0
+    precision: str = "float32"
+    layers: dict[str, Adapter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layers = dict(adapters(self.model))
+
+    def private(self, name: str) -> bool:
+        """Whether a tensor never leaves its client. Notes don't count as tensors: each says itself where it goes."""
+        return name in self.keys and not self.method.shared(self.keys[name])
+
+
+@dataclass
+class Member:
+    """`memory` holds its copy of every trained tensor and its notes; only `private` ones differ from the server's."""
+
+    number: int
+    data: Split
+    memory: State
+    setting: Setting
+
+    @property
+    def tensors(self) -> State:
+        """Its copy of the model's tensors."""
+        return S.pick(self.memory, is_model)
+
+    @property
+    def notes(self) -> State:
+        return S.pick(self.memory, is_note)
+
+    def own(self, state: State) -> State:
+        """The private part of a state."""
+        return S.pick(state, self.setting.private)
+
+    def keep(self, prefix: str, state: State) -> None:
+        """Remember a state under `<prefix><name>`; what stood there is forgotten."""
+        kept = {name: value for name, value in self.memory.items() if not name.startswith(prefix)}
+        self.memory = kept | {f"{prefix}{name}": value for name, value in state.items()}
+
+    def recall(self, prefix: str) -> State:
+        """What was kept under it; empty if nothing was."""
+        return {n.removeprefix(prefix): value for n, value in self.memory.items() if n.startswith(prefix)}
+
+    def receive(self, request: Request) -> None:
+        """Take in the server's news: shared tensors, notes, and products that belong into frozen weights."""
+        products = products_in(request.state)
+        news = {name: value for name, value in request.state.items() if name not in products}
+        self.memory = self.memory | news | fold(self.memory, products, self.setting.layers)
+        if getattr(self.setting.method.rule, "fresh", False) and request.round > 1:
+            self.memory = self.memory | fresh(self.memory, request.round, self.setting.layers)
+
+    def batches(self, round: int, budget: Budget, purpose: str = "batches") -> Batches:
+        """Its images for one round: step -> (b, C, *S), (b, *S); drawn by (seed, round, client, purpose)."""
+        rng = generator(self.setting.seed, round, self.number, purpose)
+        index = batch_indices(len(self.data), budget.batch, budget.steps, rng)
+
+        def draw(step: int) -> tuple[Tensor, Tensor]:
+            rows = index[step - 1].to(self.data.images.device)
+            x, y = self.data.images[rows], self.data.masks[rows]
+            return flips(x, y, rng) if budget.augment else (x, y)
+
+        return draw
+
+    def fit(
+        self,
+        round: int,
+        start: State | None = None,
+        purpose: str = "batches",
+        steps: int | None = None,
+        **row: Any,
+    ) -> tuple[State, float]:
+        """Train from `start` (its own tensors) by the method's row, or the row with other cells (`objective=…`)."""
+        own = self.setting
+        budget = own.budget.of(len(self.data))
+        budget = budget if steps is None else replace(budget, steps=steps)
+        method = replace(own.method, **row) if row else own.method
+        begin = self.tensors if start is None else start
+        batches = self.batches(round, budget, purpose)
+        kept = [self.notes]
+        [end], [loss] = train(
+            own.model, method, own.keys, [begin], batches, budget, round, own.precision, kept=kept
+        )  # fmt: skip
+        return end, loss
+
+    def answer(self, request: Request) -> Update:
+        """One round: receive, work, keep the private part, hand out what travels."""
+        self.receive(request)
+        end, loss, messages = self.setting.method.work.round(self, request.round)
+        return self.close(end, loss, request.round, messages)
+
+    def close(self, end: State, loss: float, round: int, messages: State | None = None) -> Update:
+        """Keep the private part, unless it is broken; hand out the shared tensors that moved, and the messages."""
+        own = self.own(end)
+        if S.finite(own):
+            self.memory |= own
+        setting, budget = self.setting, self.setting.budget.of(len(self.data))
+        moves, keys, private = setting.method.schedule.moves, setting.keys, setting.private
+        sent = {n: v for n, v in end.items() if n in keys and not private(n) and moves(keys[n], round, budget.steps)}
+        return Update(self.number, sent | (messages or {}), float(len(self.data)), loss, budget.steps)
+
+
+def on(device: torch.device, split: Split) -> Split:
+    """The split with its tensors there."""
+    return Split(split.images.to(device), split.masks.to(device))

@@ -1,0 +1,79 @@
+"""A federated method is a row: a choice along the axes adapter, sharing, schedule, rule, objective, work, clients."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fedlora_mini.errors import unknown
+from fedlora_mini.federation.aggregation.mean import mean
+from fedlora_mini.federation.exchange import Rule
+from fedlora_mini.federation.schedule import Schedule, together
+from fedlora_mini.federation.sharing import Sharing
+from fedlora_mini.regularizers import Regularizer
+from fedlora_mini.state import State
+
+if TYPE_CHECKING:
+    from fedlora_mini.federation.member import Member
+
+
+class Work:
+    """What a client does in a round, and what it says beside its shared tensors. By default: it trains, and no more.
+
+    `messages` are the notes that it sends, `notes` those that it keeps; both are prefixes of names with a "~".
+    """
+
+    label: str = ""
+    messages: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    grouped: bool = True  # whether clients may do it in one pass, along the group axis
+
+    def round(self, client: "Member", round: int) -> tuple[State, float, State]:
+        """The trained tensors, the mean loss and the messages."""
+        end, loss = client.fit(round)
+        return end, loss, {}
+
+    def personal(self, state: State, client: "Member") -> State:
+        """The client's own model, given the shared tensors with its private ones."""
+        return state
+
+    def newcomer(self, state: State, clients: Sequence["Member"], images: Tensor) -> State:
+        """The model for a site that never trained, given the common one and the site's unlabelled images."""
+        return state
+
+
+trains = Work()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row. `pooled` is the client axis: one client that holds all sites' data instead of one client per site."""
+
+    title: str
+    adapter: str  # a row of `adapters.registry.ADAPTERS`
+    shared: Sharing
+    schedule: Schedule = together
+    rule: Rule = mean
+    objective: tuple[Regularizer, ...] = ()
+    work: Work = trains
+    pooled: bool = False
+    reference: str = ""  # citation key of the book
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the adapter, where the row fixes them
+
+    def images(self, x: Tensor, notes: Mapping[str, Tensor]) -> Tensor:
+        """What the network is given for images x, by a client's or the server's notes."""
+        for term in self.objective:
+            x = term.images(x, notes)
+        return x
+
+    def but(self, **changes: Any) -> "Method":
+        """The row with other numbers in its rule, objective and work: `but(lam=0.1)`. Raises if no part has it."""
+        parts: list[Any] = [self.rule, *self.objective, self.work]
+        for name, value in changes.items():
+            having = [is_dataclass(part) and name in {f.name for f in fields(part)} for part in parts]
+            if not any(having):
+                known = [f.name for part in parts if is_dataclass(part) for f in fields(part)]
+                raise unknown(f"setting of '{self.title}'", name, known)
+            parts = [replace(p, **{name: value}) if has else p for p, has in zip(parts, having, strict=True)]
+        return replace(self, rule=parts[0], objective=tuple(parts[1:-1]), work=parts[-1])

@@ -1,0 +1,51 @@
+"""v_k <- argmin F_k(v) + (lam/2) ||v - w||²: a personal model beside the global one. Ditto, Li et al. 2021."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlora_mini.federation.member import Member
+from fedlora_mini.federation.row import Work
+from fedlora_mini.regularizers import Context, Regularizer
+from fedlora_mini.state import State
+
+PERSONAL = "~personal/"
+
+
+@dataclass(frozen=True)
+class Pull(Regularizer):
+    """(lam/2) ||θ - w||² towards a fixed w."""
+
+    lam: float
+    target: State
+
+    label = "pull to the global model"
+
+    def penalty(self, state: State, context: Context) -> Tensor:
+        moved = [(state[n] - self.target[n]).square().sum() for n in self.target if state[n].requires_grad]
+        return 0.5 * self.lam * torch.stack(moved).sum()
+
+
+@dataclass(frozen=True)
+class Ditto(Work):
+    """First FedAvg's step on w, which is sent, then as many steps on v, which stays, pulled to the w that came in."""
+
+    lam: float = 0.1
+
+    notes = (PERSONAL,)
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        return f"global and personal model, lam {self.lam:g}"
+
+    def round(self, client: Member, round: int) -> tuple[State, float, State]:
+        w = {name: value.clone() for name, value in client.tensors.items()}
+        end, loss = client.fit(round)
+        v = client.recall(PERSONAL) or w
+        own, _ = client.fit(round, v, "personal", objective=(*client.setting.method.objective, Pull(self.lam, w)))
+        client.keep(PERSONAL, own)
+        return end, loss, {}
+
+    def personal(self, state: State, client: Member) -> State:
+        return state | client.recall(PERSONAL)

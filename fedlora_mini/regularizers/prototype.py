@@ -1,0 +1,35 @@
+"""lam Σ_y ||z̄_y - c̄_y||² / (classes seen): the image's class means stay near the server's. FedProto, Tan et al. 2022.
+
+For segmentation z̄_y is the mean of the head's input over the voxels of class y in the batch (masked average pooling);
+the mean over channels keeps lam independent of their number. Our port: the paper classifies images.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedlora_mini.adapters.features import class_means
+from fedlora_mini.regularizers.base import Context, Regularizer
+from fedlora_mini.state import State
+
+
+@dataclass(frozen=True)
+class NearPrototypes(Regularizer):
+    """Reads the note `~prototype` (C, c) that the server sends; nothing before the second round."""
+
+    lam: float = 1.0
+
+    features = True
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        return f"near the common prototypes, lam {self.lam:g}"
+
+    def penalty(self, state: State, context: Context) -> Tensor | float:
+        common = context.kept.get("~prototype")
+        if common is None:
+            return 0.0
+        means, counts = class_means(context.z, context.y, len(common))
+        seen = (counts > 0) & common.any(1)
+        distance = (means - common).square().mean(1)  # (C,)
+        return self.lam * (distance * seen).sum() / seen.sum().clamp(min=1)

@@ -1,0 +1,127 @@
+"""Every row of the method table, by a tiny run: what it trains, sends and keeps, and that it can be stopped."""
+
+import pytest
+import torch
+
+from fedlora_mini.data import load
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.run import run
+from fedlora_mini.experiments.table import SITES, check, words
+from fedlora_mini.federation import METHODS
+
+TINY = {"sites": "3", "size": 32, "rounds": 3, "steps": 3, "batch": 2, "rank": 4, "threads": 1, "base": "none"}
+TINY |= {"data_options": {"per_site": 4, "val": 2, "test": 2}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load("phantom", size=32, sites=SITES, unseen=0, per_site=6, val=2, test=2)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("model", ["minisam", "unet"])
+def test_a_row_sends_keeps_and_trains_what_it_says(data, model, name):
+    checked = check(name, model, data=data)
+    assert checked.problems == []
+    row = checked.row
+    assert row.trained != "-" and checked.moved
+    assert (row.bytes_up == 0) == (row.sent == "nothing")
+
+
+def test_a_row_that_sends_more_than_it_says_is_caught(data, monkeypatch):
+    """The check can fail: a client that hands out a private factor, and one that trains what should rest."""
+    from fedlora_mini.federation.member import Member
+
+    close = Member.close
+
+    def leak(self, end, *rest):
+        update = close(self, end, *rest)
+        private = next(name for name in end if self.setting.private(name))
+        return type(update)(update.client, update.state | {private: end[private]}, update.weight, update.loss)
+
+    monkeypatch.setattr(Member, "close", leak)
+    with pytest.raises(FedloraError, match="no usable update"):
+        check("iat", data=data)
+
+
+@pytest.mark.parametrize(
+    ("name", "up"),
+    [
+        ("fedit", lambda m, n, r: r * (m + n)),
+        ("ffa", lambda m, n, r: m * r),
+        ("fedsa", lambda m, n, r: r * n),
+        ("inverse_fedsa", lambda m, n, r: m * r),
+        ("flora", lambda m, n, r: r * (m + n)),
+    ],
+)
+def test_bytes_up_are_those_of_the_card(data, name, up):
+    """methods.md card 1.4, in floats by layer, plus the head where it travels."""
+    from fedlora_mini.adapters import adapters
+    from fedlora_mini.adapters.lora import LoRA
+    from fedlora_mini.adapters.ops import matrix_shape
+    from fedlora_mini.experiments.table import setting
+
+    engine, server = setting(name, data=data)
+    layers = [a for _, a in adapters(engine.setting.model) if isinstance(a, LoRA)]
+    floats = sum(up(*matrix_shape(layer.base), 4) for layer in layers)
+    head = [v.numel() for n, v in server.state.items() if engine.keys[n].region == "head" and not engine.private(n)]
+    assert check(name, data=data).row.bytes_up == 4 * (floats + sum(head))
+
+
+def test_iat_sends_b_of_the_encoder_and_a_of_the_decoder(data):
+    row = check("iat", data=data).row
+    assert row.sent == "B of encoder, A of decoder, head" and row.kept == "A of encoder, B of decoder"
+
+
+def test_words_name_a_network_s_own_weights_by_region():
+    from fedlora_mini.adapters.base import Key
+
+    table = [Key(f"{r}.x", f, r, "linear") for r in ("encoder", "decoder", "head") for f in ("weight", "bias")]
+    assert words(table, table) == "encoder, decoder, head"
+    assert words(table[:4], table) == "encoder, decoder"
+    assert words([], table) == "-"
+
+
+class Stop(Exception):
+    pass
+
+
+NOTED = ["flora", "hetlora", "fedex", "fdlora", "fedalt", "lcfed", "ditto", "moon", "fedproto", "resfim", "fedavgm"]
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_a_row_with_a_memory_can_be_stopped_and_goes_on_to_the_same_bytes(tmp_path, name):
+    more = {"ranks": [2, 4]} if name in ("flora", "hetlora") else {}
+    config = RunConfig(method=name, **{**TINY, **more})
+    whole = run(config, tmp_path / "whole")
+
+    def stop(record):
+        if record["round"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(config, tmp_path / "parts", stop)
+    again = run(config, tmp_path / "parts")
+    assert again["final_sha256"] == whole["final_sha256"]
+    assert again["scores"] == whole["scores"] and again["bytes_down"] == whole["bytes_down"]
+
+
+def test_unequal_ranks_are_refused_where_the_rule_cannot_combine_them():
+    with pytest.raises(FedloraError, match="unequal ranks"):
+        RunConfig(method="fedit", ranks=[2, 4])
+    with pytest.raises(FedloraError, match="from 1 to rank"):
+        RunConfig(method="flora", rank=4, ranks=[8])
+
+
+def test_a_row_takes_other_numbers():
+    config = RunConfig(method="iat_sor", change={"lam": 0.5, "form": "exact"})
+    [sor] = config.row.objective
+    assert (sor.lam, sor.form) == (0.5, "exact")
+    with pytest.raises(FedloraError, match="setting of 'IAT \\+ SOR' 'lamb'"):
+        RunConfig(method="iat_sor", change={"lamb": 0.5})
