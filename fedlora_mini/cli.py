@@ -56,9 +56,12 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "data sites unseen size dirichlet clients model base rank alpha rounds steps batch lr optimiser weight_decay"
     )
-    names += " fraction execution device precision threads eval_every"
+    names += " fraction execution device precision threads eval_every passes"
     given = {name: getattr(args, name) for name in names.split() if getattr(args, name, None) is not None}
-    return given | {"data_options": _options(args.option), "augment": not args.no_augment}
+    if args.ranks:
+        given["ranks"] = [int(rank) for rank in args.ranks.split(",")]
+    given |= {"data_options": _options(args.option), "change": _options(args.change), "leakage": args.leakage}
+    return given | {"augment": not args.no_augment}
 
 
 def _progress(title: str, rounds: int) -> Callable[[dict[str, Any]], None]:
@@ -88,13 +91,15 @@ def _progress(title: str, rounds: int) -> Callable[[dict[str, Any]], None]:
 
 def methods_command(args: argparse.Namespace) -> None:
     """Print the method table, from a tiny run of every row."""
+    from tqdm import tqdm
+
     from fedlora_mini.experiments.table import table
     from fedlora_mini.federation.methods import METHODS, method
 
     names = args.names or list(METHODS)
     for name in names:
         method(name)
-    checked = table(names, args.model)
+    checked = list(tqdm(table(names, args.model), "running", len(names), leave=False, unit="row", disable=None))
     if args.check:
         for each in checked:
             print(f"{each.row.name:<16} {'; '.join(each.problems) or 'as it says'}")
@@ -279,9 +284,11 @@ def _add_run_settings(parser: argparse.ArgumentParser) -> None:
     add("--model", help="a network (see `fedlora models`) [minisam]")
     add("--base", help="auto, none, meshnet-brain, imagenet, or a file of `fedlora pretrain` [auto]")
     add("--rank", type=int, help="rank r of the adapters [4]")
+    add("--ranks", help="ranks by client in a circle, such as 2,4,8, for methods that take unequal ones")
     add("--alpha", type=float, help="scale s = alpha / r [alpha = r]")
     add("--rounds", type=int, help="rounds of communication [10]")
     add("--steps", type=int, help="local steps a round [10]")
+    add("--passes", type=float, help="local steps by the client's own data: so many times through it")
     add("--batch", type=int, help="images a step [8]")
     add("--lr", type=float, help="learning rate [the adapter's: lora 5e-3, full 1e-3]")
     add("--optimiser", help="adam or sgd [adam]")
@@ -291,6 +298,8 @@ def _add_run_settings(parser: argparse.ArgumentParser) -> None:
     add("--execution", help="auto, sequential, or grouped: all clients in one pass [auto: where it pays]")
     add("--device", help="auto, cpu or cuda [auto]")
     add("--precision", help="auto, float32 or bf16 [auto: bf16 on CUDA]")
+    add("--change", action="append", default=[], metavar="NAME=VALUE", help="another number in the method's row")
+    add("--leakage", action="store_true", help="measure in every round what shared factors tell of the sites")
     add("--threads", type=int, help="CPU threads [torch's choice]")
     add("--eval-every", type=int, default=2, metavar="N", help="validation Dice every N rounds, 0 = never [2]")
     add("--out", metavar="FOLDER", help="where to write [runs/…]")

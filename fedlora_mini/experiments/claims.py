@@ -187,6 +187,59 @@ CLAIMS: dict[str, Claim] = {
         matched="start, rank, learning rate, ρ, steps, batches, labelled and test images",
         not_matched="nothing",
     ),
+    "arena-needs-sparsity": _fewshot(
+        "What ARENA gains is due to its l1 norm: with λ = 0, all else equal, it scores lower.",
+        "arena-16",
+        "arena-16-lam0",
+        +1,
+        source="",
+        matched="start, initial rank, ρ, steps, batches, labelled and test images",
+        not_matched="rates: searched for the arm with the norm, the same for the one without",
+    ),
+    "arena-rank-count-grown": _fewshot(
+        "Growing λ in the unit gauge makes the rank that is left depend less on the initial one than a fixed λ does.",
+        "grown-4|grown-8|grown-16|grown-32",
+        "arena-4|arena-8|arena-16|arena-32",
+        -1,
+        metric="range of rank",
+        margin=1.0,
+        source="",
+        matched="start, initial ranks, ρ, steps, batches, labelled and test images",
+        not_matched="λ and its course, gauge; rates: searched for the fixed λ, one for the growing one",
+    ),
+    "arena-rank-by-task": _fewshot(
+        "ARENA's rank depends on the task: stained tissue in colour keeps more directions than fluorescence.",
+        "arena-16@nuclei-he",
+        "arena-16@nuclei-fluo256",
+        +1,
+        metric="rank",
+        margin=1.0,
+        results="fewshot_nuclei.jsonl",
+        matched="start, initial rank, learning rate, λ, ρ, steps, batch size",
+        not_matched="the images",
+    ),
+    **{
+        f"arena-over-lora-{name}": _fewshot(
+            f"From five images, ARENA segments {what} better than LoRA of the same initial rank.",
+            "arena-8",
+            "lora-8",
+            +1,
+            results=f"fewshot_{name}.jsonl",
+        )
+        for name, what in (("nuclei", "nuclei of a new domain"), ("hippocampus", "the parts of the hippocampus"))
+    },
+    **{
+        f"full-overfits-{name}": _fewshot(
+            f"From five images full fine-tuning overfits: it is worse than LoRA on {what}.",
+            "full",
+            "lora-8",
+            -1,
+            source="",
+            results=f"fewshot_{name}.jsonl",
+            not_matched="trained parameters",
+        )
+        for name, what in (("nuclei", "nuclei of a new domain"), ("hippocampus", "the parts of the hippocampus"))
+    },
     "full-overfits": _fewshot(
         "From five images full fine-tuning overfits: it is worse than LoRA.",
         "full",

@@ -47,6 +47,7 @@ class RunConfig:
     precision: str = "auto"
     threads: int | None = None  # None = torch's choice, written down in the result
     eval_every: int = 0  # 0 = only at the end
+    leakage: bool = False  # measure in every round what shared factors tell of the sites
     change: dict[str, Any] = field(default_factory=dict)  # other numbers in the row, such as {"lam": 0.1}
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,11 +18,13 @@ from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.leakage import Watch
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.federation import Server, federate, repartition
 from fedlora_mini.federation.aggregation import aggregation_error
+from fedlora_mini.federation.exchange import is_model
 from fedlora_mini.federation.sampling import participants
-from fedlora_mini.metrics import evaluate
+from fedlora_mini.metrics import evaluate, swap_drop
 from fedlora_mini.models import load_base
 from fedlora_mini.state import State
 
@@ -57,6 +59,8 @@ class Federation:
     model: nn.Module
     server: Server
     engine: LocalEngine
+    watch: Watch | None = None
+    leakage: dict[str, Any] = field(default_factory=dict)  # of the last round
 
     @classmethod
     def build(cls, config: RunConfig, data: Dataset | None = None) -> "Federation":
@@ -84,17 +88,23 @@ class Federation:
             ("bf16" if device.type == "cuda" else "float32") if config.precision == "auto" else config.precision,
             ranks,
         )
-        return cls(config, data, model, Server(start, ranks=dict(ranks)), engine)
+        server = Server(start, ranks=dict(ranks))
+        return cls(config, data, model, server, engine, Watch(engine, server) if config.leakage else None)
 
     def rounds(self) -> Any:
         """Run the rounds that are left; yields one `Round` each."""
         row, config = self.engine.method, self.config
 
         def error_of(before: State, after: State, updates: list[Any]) -> float | None:
+            if self.watch is not None:
+                self.leakage = self.watch.end(self.server.round + 1, updates)
             return aggregation_error(self.model, before, after, updates, self.engine.private)
 
         def choose(round: int) -> list[int]:
-            return participants(self.engine.clients, config.fraction, config.seed, round)
+            chosen = participants(self.engine.clients, config.fraction, config.seed, round)
+            if self.watch is not None:
+                self.watch.begin(chosen)
+            return chosen
 
         args = (row, self.engine, self.server, self.engine.keys, config.rounds, config.steps, choose, error_of)
         return federate(*args, layers=self.engine.setting.layers)
@@ -175,6 +185,8 @@ def run(
     _check_same(records[0], head, folder)
     for each in federation.rounds():
         record = {"event": "round", **asdict(each)}
+        if config.leakage:
+            record["leakage"] = federation.leakage
         if config.eval_every and (each.round % config.eval_every == 0 or each.round == config.rounds):
             personal = federation.evaluate("val", hd95=False, protocols=("personal",))["personal"]
             record["val_dice"] = mean_over_sites(personal)
@@ -199,6 +211,23 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
         raise FedloraError(f"'{folder}' was begun by other code; delete it to start again")
 
 
+def _leakage(federation: Federation, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """M1 to M5 by round, and M6: what a site loses with another site's private factors, on its validation data."""
+    if federation.watch is None:
+        return {}
+    engine, data = federation.engine, federation.data
+    out: dict[str, Any] = {"rounds": [r["leakage"] for r in rounds], **federation.watch.final()}
+    privates = [member.own(member.memory) for member in engine.members]
+    if len(privates) > 1 and any(privates):
+        shared = S.pick(federation.server.state, is_model)
+
+        def score(state: State, k: int) -> float:
+            return evaluate(federation.model, state, data.sites[k].val, data.classes, hd95=False).dice
+
+        out["swap_drop"] = swap_drop(score, shared, privates).tolist()
+    return {"leakage": out}
+
+
 def _result(federation: Federation, records: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """The line that stands in `results/`: provenance, costs per round, scores on test data."""
     rounds = [record for record in records if record["event"] == "round"]
@@ -216,6 +245,7 @@ def _result(federation: Federation, records: list[dict[str, Any]], seconds: floa
         "agg_err": [r["agg_err"] for r in rounds],
         "loss": [r["loss"] for r in rounds],
         "refused": [line for r in rounds for line in r["refused"]],
+        **_leakage(federation, rounds),
         "round_seconds": [r["seconds"] for r in rounds],
         "seconds": seconds,
         "final_sha256": S.digest(list(federation.states().values())),

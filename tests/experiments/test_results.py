@@ -31,7 +31,7 @@ def test_every_stored_run_says_what_made_it_and_arms_are_paired(path):
     results = read_results([path])
     for r in results:
         assert {"config", "versions", "machine", "scores", "final_sha256", "seconds"} <= r.keys()
-        assert RunConfig(**r["config"]).asdict() == r["config"]
+        assert r["config"].items() <= RunConfig(**r["config"]).asdict().items()  # settings that came later are at rest
         assert not r["refused"]
     shapes = {table_of(results, name, "personal").shape for name in arms(results)}
     assert len(shapes) == 1, "every method has the same seeds and sites"

@@ -1,0 +1,116 @@
+"""A run over a network: what its server does, and what each of its nodes has of it.
+
+Every machine builds the run from the same `RunConfig`: data by name, model by seed. A node uses its own site's data
+and the server none; only requests, updates and scores travel.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from fedlora_mini import state as S
+from fedlora_mini.engines.flower import FlowerEngine, client_app, find, server_app
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.checkpoint import write_atomically
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.provenance import machine, source_digest, versions
+from fedlora_mini.experiments.run import Federation
+from fedlora_mini.federation import federate
+from fedlora_mini.federation.aggregation import aggregation_error
+from fedlora_mini.federation.exchange import OWN
+from fedlora_mini.federation.member import Member
+from fedlora_mini.federation.sampling import participants
+from fedlora_mini.state import State
+
+if TYPE_CHECKING:
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+
+
+def build(text: str) -> Federation:
+    """The federation of a config in JSON. Its in-process clients stand at their start."""
+    config = RunConfig(**json.loads(text))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return Federation.build(config)
+
+
+@dataclass
+class SiteOfRun:
+    """One client of a run, with what it needs to score its own model."""
+
+    federation: Federation
+    member: Member
+
+    def scores(self, state: State) -> dict[str, Any]:
+        """Site -> the scores of this client's personal model on test data."""
+        own, me = self.federation, self.member.number
+        mine = tuple(site for k, site in enumerate(own.data.sites) if own.client_of(k) == me)
+        own.engine.members = [self.member] * len(own.engine.members)  # the only one that this machine has
+        own.server.state = state
+        alone = replace(own, data=replace(own.data, sites=mine, unseen=()))
+        return alone.evaluate("test", protocols=("personal",))["personal"]
+
+
+def site(text: str, client: int) -> SiteOfRun:
+    """Client `client` of a run, at its start."""
+    federation = build(text)
+    return SiteOfRun(federation, federation.engine.members[client])
+
+
+def node_program() -> "ClientApp":
+    """What runs on every node."""
+    return client_app(site, source_digest())
+
+
+def server_program() -> "ServerApp":
+    """What runs beside the link that all nodes connect to. Run config: `config`, `folder`, `timeout`."""
+    return server_app(serve)
+
+
+def serve(grid: "Grid", settings: Mapping[str, Any]) -> None:
+    """Lead a run; `log.jsonl` grows by one line a round, the last one is the result or the error."""
+    folder, lines = Path(settings["folder"]), []
+
+    def note(record: dict[str, Any]) -> None:
+        lines.append(json.dumps(record) + "\n")
+        write_atomically(folder / "log.jsonl", "".join(lines))
+
+    try:
+        for record in lead(grid, settings["config"], settings["timeout"], folder):
+            note(record)
+    except FedloraError as error:
+        note({"event": "error", "message": str(error)})
+        raise
+
+
+def lead(grid: "Grid", text: str, timeout: float, folder: Path) -> Iterator[dict[str, Any]]:
+    """Find the nodes, federate, collect the scores: one record at the start, one a round, one for the result."""
+    started = perf_counter()
+    federation = build(text)
+    config, server, local = federation.config, federation.server, federation.engine
+    engine = FlowerEngine(grid, find(grid, local.clients, source_digest(), timeout), timeout, local.device)
+
+    def error_of(before: State, after: State, updates: list[Any]) -> float | None:
+        return aggregation_error(federation.model, before, after, updates, local.private)
+
+    def choose(round: int) -> list[int]:
+        return participants(engine.clients, config.fraction, config.seed, round)
+
+    head = {"config": config.asdict(), "versions": versions(), "machine": machine(local.device)}
+    yield {"event": "start", **head}
+    args = (local.method, engine, server, local.keys, config.rounds, config.steps, choose, error_of)
+    for each in federate(*args, layers=local.setting.layers):
+        yield {"event": "round", **asdict(each)}
+    save_file(
+        {name: value.cpu().clone().contiguous() for name, value in server.state.items()}, folder / "final.safetensors"
+    )
+    scores = engine.scores(S.pick(server.state, lambda name: not name.startswith(OWN)))
+    seconds, digest = perf_counter() - started, S.digest([server.state])
+    yield {"event": "result", **head, "scores": {"personal": scores}, "seconds": seconds, "server_sha256": digest}
