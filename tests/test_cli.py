@@ -31,7 +31,7 @@ def test_the_method_table_shows_every_row(capsys):
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:-1]] == list(METHODS)
-    assert "B in encoder, A in decoder, head" in next(line for line in lines if line.startswith("iat"))
+    assert "B of encoder, A of decoder, head" in next(line for line in lines if line.startswith("iat"))
 
 
 def test_models_and_data_are_listed(capsys):

@@ -47,7 +47,7 @@ clientapp = "network_app:client"
 """
 
 
-def write_app(folder: Path, **config: str | float) -> Path:
+def write_app(folder: Path, /, **config: str | float) -> Path:
     """A Flower app that does one run; it can be sent to any SuperLink whose nodes have this package."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "network_app.py").write_text(PROGRAM, encoding="utf-8")

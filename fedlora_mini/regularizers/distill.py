@@ -36,6 +36,6 @@ class Distill(Regularizer):
         with torch.no_grad():
             teacher = context.run(state, context.x)[0]
         student = context.run({**state, **silent}, context.x)[0]
-        log_p, log_q = ((f.float() / self.tau).log_softmax(1) for f in (teacher, student))
+        log_p, log_q = ((f / self.tau).log_softmax(1) for f in (teacher, student))
         kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)  # (N, *S)
         return self.lam * self.tau**2 * kl.mean()

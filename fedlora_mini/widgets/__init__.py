@@ -4,6 +4,7 @@ Nothing in the library imports this package: anywidget and ipywidgets load when 
 """
 
 from .base import PageWidget
+from .leakage import SubspaceLeakage
 from .soft_threshold import SoftThreshold, proximal_path, soft_threshold
 
-__all__ = ["PageWidget", "SoftThreshold", "proximal_path", "soft_threshold"]
+__all__ = ["PageWidget", "SoftThreshold", "SubspaceLeakage", "proximal_path", "soft_threshold"]

@@ -32,7 +32,8 @@ SENSITIVE, HOME = "~sensitive/", "~home/"
 def low_frequencies(images: Tensor, ratio: float) -> Tensor:
     """The mean amplitude inside the window, zero outside: no more than the others' swaps read."""
     amplitude = mean_amplitude(images)
-    return amplitude * low_frequency_window(*amplitude.shape[-2:], ratio).to(amplitude)
+    height, width = amplitude.shape[-2:]
+    return amplitude * low_frequency_window(height, width, ratio).to(amplitude)
 
 
 def restyled(data: Split, amplitude: Tensor, ratio: float, mixing: float) -> Split:
