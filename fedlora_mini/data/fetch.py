@@ -55,6 +55,30 @@ def expect_sha256(expected: str) -> Verify:
     return verify
 
 
+def expect_commit(expected: str, commit: str) -> Verify:
+    """A file by its sha256, or a zip that carries the commit's id in its comment, as GitHub's do."""
+
+    def verify(path: Path) -> None:
+        if sha256(path) == expected:
+            return
+        try:
+            with zipfile.ZipFile(path) as archive:
+                said = archive.comment.decode("ascii", "replace")
+        except (zipfile.BadZipFile, OSError):
+            said = "no zip comment"
+        if not said.startswith(commit):
+            raise FedloraError(f"{path.name} is corrupt or another version: '{said}', expected commit {commit}")
+
+    return verify
+
+
+def own_folder(relative: str, source: str | os.PathLike[str] | None) -> Path | None:
+    """`source` if it is a folder that holds the data themselves instead of the archive `relative`."""
+    folder = Path(source or "").expanduser()
+    holds = any((folder / name).is_file() for name in (relative, Path(relative).name))
+    return folder if source and folder.is_dir() and not holds else None
+
+
 def obtain(relative: str, url: str, verify: Verify, source: str | os.PathLike[str] | None = None) -> Path:
     """The verified file: from `source` (a file, a folder that holds it, or a URL), else cache, local copy or `url`.
 

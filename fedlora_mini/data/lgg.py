@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from fedlora_mini.data.base import Dataset, Site, Split
-from fedlora_mini.data.fetch import home, members, mirror, names_digest, obtain, sha256
+from fedlora_mini.data.fetch import home, members, mirror, names_digest, obtain, own_folder, sha256
 from fedlora_mini.data.seeds import numpy_generator
 from fedlora_mini.data.splits import split_groups
 from fedlora_mini.data.store import load_npz, pack, save_npz, unpack
@@ -143,9 +143,8 @@ def fetch(source: str | os.PathLike[str] | None = None) -> Path:
             f"'lgg' cannot be downloaded without an account at Kaggle: log in at {PAGE}, download the archive, and run "
             "`python data_scripts/lgg.py --from ARCHIVE_OR_FOLDER`"
         )
-    folder = Path(source or "").expanduser()
-    if source and folder.is_dir() and not any((folder / name).is_file() for name in (ARCHIVE, Path(ARCHIVE).name)):
-        verify(folder)  # the slices themselves, not a folder that holds the prepared file
+    if (folder := own_folder(ARCHIVE, source)) is not None:
+        verify(folder)
         return folder
     return obtain(ARCHIVE, PAGE, verify, source)
 

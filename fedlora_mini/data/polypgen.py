@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from fedlora_mini.data.base import Dataset, Site, Split
-from fedlora_mini.data.fetch import home, mirror, names_digest, obtain, safe_name, sha256
+from fedlora_mini.data.fetch import home, mirror, names_digest, obtain, own_folder, safe_name, sha256
 from fedlora_mini.data.layout import Layout
 from fedlora_mini.data.seeds import numpy_generator
 from fedlora_mini.data.splits import natural, split_groups, split_items
@@ -131,9 +131,8 @@ def list_frames(files: Layout) -> dict[str, dict[str, dict[str, str]]]:
 
 def fetch(source: str | os.PathLike[str] | None = None) -> Path:
     """The verified archive or folder: `source`, else cache, local copy, or the public home."""
-    folder = Path(source or "").expanduser()
-    if source and folder.is_dir() and not any((folder / name).is_file() for name in (ARCHIVE, Path(ARCHIVE).name)):
-        verify(folder)  # the frames themselves, not a folder that holds the archive
+    if (folder := own_folder(ARCHIVE, source)) is not None:
+        verify(folder)
         return folder
     return obtain(ARCHIVE, URL, verify, source)
 

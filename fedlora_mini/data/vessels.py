@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from fedlora_mini.data.base import Dataset, Site, Split
-from fedlora_mini.data.fetch import home, mirror, obtain, safe_name, sha256
+from fedlora_mini.data.fetch import expect_commit, home, mirror, obtain, safe_name, sha256
 from fedlora_mini.data.seeds import numpy_generator
 from fedlora_mini.data.splits import split_groups
 from fedlora_mini.data.store import load_npz, pack, save_npz, unpack
@@ -69,16 +69,8 @@ def check_size(size: int) -> None:
 
 
 def verify(path: Path) -> None:
-    """Accepts the packing by its sha256, or a zip that carries the commit's id in its comment, as GitHub's do."""
-    if sha256(path) == FILE_SHA256:
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            said = archive.comment.decode("ascii", "replace")
-    except (zipfile.BadZipFile, OSError):
-        said = "no zip comment"
-    if not said.startswith(COMMIT):
-        raise FedloraError(f"{path.name} is corrupt or another version: '{said}', expected commit {COMMIT}")
+    """Accepts the packing by its sha256, or the repository's zip by its commit."""
+    expect_commit(FILE_SHA256, COMMIT)(path)
 
 
 def fetch(source: str | os.PathLike[str] | None = None) -> Path:
