@@ -52,7 +52,7 @@ nbval: $(READY) ## run the notebooks and check their tagged outputs
 browser: $(READY) ## open the built pages in Chromium with every other host blocked
 	$(BIN)/python -m pytest tests/book/test_browser.py -rs
 
-peers: $(PEERS) ## the tests against peft and opacus, in an environment beside the main one
+peers: $(PEERS) ## the tests with peft, opacus and Flower, in an environment beside the main one
 	.peers/bin/python -m pytest tests/peers -rs
 
 $(PEERS): $(READY) benchmarks/peers.sh
@@ -98,15 +98,25 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1
 ONE := --tasks vessel-shifted --shots 5 --splits 0-4 --threads 1
-evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about an hour and a half on one core)
+evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about three hours and a half on one core)
 	$(BIN)/fedlora fewshot --tasks vessel-shifted --shots 1,2,5,10 $(FEW) --out runs/fewshot_phantom
 	$(BIN)/fedlora fewshot arena-16-lam0 arena-16-lam0.001 arena-16-lam0.003 arena-16-lam0.03 arena-8-fixed $(ONE) \
 	  --lr 3e-2 --out runs/fewshot_lambda
 	$(BIN)/fedlora fewshot free-lam0 free-lam $(ONE) --lr 1e-2 --out runs/fewshot_gauge
 	$(BIN)/fedlora fewshot aroma sr-lora sara prilora $(ONE) --search-lr 1e-3,3e-3,1e-2,3e-2 --out runs/fewshot_ranks
 	$(BIN)/fedlora fewshot sublora $(ONE) --lr 3e-2 --out runs/fewshot_sublora
-	cd runs && cat fewshot_phantom/results.jsonl fewshot_lambda/results.jsonl fewshot_gauge/results.jsonl \
-	  fewshot_ranks/results.jsonl fewshot_sublora/results.jsonl > ../results/fewshot_phantom.jsonl
+	$(BIN)/fedlora fewshot grown-4 grown-8 grown-16 grown-32 $(ONE) --lr 3e-2 --out runs/fewshot_grown
+	cd runs && cat fewshot_phantom/results.jsonl fewshot_grown/results.jsonl fewshot_lambda/results.jsonl \
+	  fewshot_gauge/results.jsonl fewshot_ranks/results.jsonl fewshot_sublora/results.jsonl > ../results/fewshot_phantom.jsonl
+	$(BIN)/fedlora data fetch nuclei
+	$(BIN)/fedlora fewshot scratch head bitfit affine adaptformer lora-1 lora-4 lora-8 lora-32 adalora sora \
+	  arena-4 arena-8 arena-16 arena-32 full --tasks nuclei-fluo256,nuclei-he,nuclei-fluo360 --shots 1,2,5,10 \
+	  --splits 0-2 --threads 1 --search-lr $(RATES) --out runs/fewshot_nuclei
+	$(BIN)/fedlora data fetch hippocampus
+	$(BIN)/python data_scripts/weights.py
+	$(BIN)/fedlora fewshot lora-8 arena-8 full scratch --tasks hippocampus --shots 1,2,5,10 --splits 0-2 --threads 1 \
+	  --steps 120 --batch 2 --search-lr 1e-3,3e-3,1e-2,3e-2 --out runs/fewshot_hippocampus
+	for name in fewshot_nuclei fewshot_hippocampus; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 clean: ## delete what make made
 	rm -rf build runs .venv .peers

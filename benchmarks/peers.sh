@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# .peers/: an environment with peft and opacus that sees the packages of the main one (torch is not downloaded twice).
-# It lives apart because peft brings transformers, which slows every `import monai`.
+# .peers/: an environment with peft, opacus and flwr that sees the packages of the main one (torch is not downloaded twice).
+# It lives apart because peft brings transformers, which slows every `import monai`, and flwr pins many packages.
 # Usage: benchmarks/peers.sh [python of the main environment]      Safe to run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 main=${1:-.venv/bin/python}
 
-if .peers/bin/python -c "import peft, opacus, fedlora_mini" 2>/dev/null; then
+if .peers/bin/python -c "import peft, opacus, flwr, fedlora_mini" 2>/dev/null; then
   echo ".peers is ready"
   exit 0
 fi
@@ -22,5 +22,6 @@ constraint=$(mktemp)
 trap 'rm -f "$constraint"' EXIT
 echo "torch==$torch" >"$constraint"
 .peers/bin/python -m pip install --quiet --disable-pip-version-check --retries 10 --timeout 60 \
-  --constraint "$constraint" "peft==0.21.*" "opacus==1.6.*"
-.peers/bin/python -c "import peft, opacus, fedlora_mini; print('peft', peft.__version__, 'opacus', opacus.__version__)"
+  --constraint "$constraint" "peft==0.21.*" "opacus==1.6.*" "flwr==1.41.*"
+.peers/bin/python -c "import peft, opacus, flwr, fedlora_mini
+print('peft', peft.__version__, 'opacus', opacus.__version__, 'flwr', flwr.__version__)"

@@ -1,0 +1,70 @@
+"""What the network engine promises without Flower: nothing imports it by the way, and the app that it writes."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fedlora_mini
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments import loopback
+from fedlora_mini.experiments.config import RunConfig
+
+PACKAGE = Path(fedlora_mini.__file__).parent
+
+
+def test_one_file_alone_imports_flower():
+    """Other files may name its types for the type checker."""
+    using = set()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        typing = [n for n in tree.body if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+        unused = {each for block in typing for each in ast.walk(block)}
+        for node in set(ast.walk(tree)) - unused:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            using |= {path.name for name in names if name.split(".")[0] == "flwr"}
+    assert using == {"flower.py"}
+
+
+def test_engines_and_runs_can_be_imported_without_flower():
+    code = "import sys; sys.modules['flwr'] = None; import fedlora_mini.engines, fedlora_mini.engines.flower;"
+    code += "import fedlora_mini.experiments.network, fedlora_mini.experiments.loopback"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_without_flower_the_network_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(loopback, "find_spec", lambda name: None)
+    with pytest.raises(FedloraError, match=r"pip install 'fedlora_mini\[flower\]'"):
+        loopback.Loopback(RunConfig(), tmp_path)
+
+
+def test_a_config_passes_through_the_app_s_project_file(tmp_path):
+    config = RunConfig(
+        method="hetlora", data="spät/\"x\" \\ 'y'\n\U0001f642", ranks=[2, 4], data_options={"group": "^(\\d+)"}
+    )
+    app = loopback.write_app(tmp_path / "app", config=json.dumps(config.asdict()), folder="/tmp/ä b", timeout=2.5)
+    flower = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
+    assert RunConfig(**json.loads(flower["config"]["config"])) == config
+    assert (flower["config"]["folder"], flower["config"]["timeout"]) == ("/tmp/ä b", 2.5)
+    program = ast.parse((app / "network_app.py").read_text(encoding="utf-8"))
+    names = {node.targets[0].id for node in program.body if isinstance(node, ast.Assign)}
+    assert set(flower["components"].values()) == {f"network_app:{name}" for name in names}
+
+
+def test_ports_are_free_and_different():
+    ports = loopback.free_ports(20)
+    assert len(set(ports)) == 20 and not any(map(loopback._listens, ports))
+
+
+def test_a_finished_run_is_not_overwritten_and_leakage_is_not_measured_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(loopback, "find_spec", lambda name: name)
+    (tmp_path / "log.jsonl").write_text(json.dumps({"event": "start"}) + "\n" + json.dumps({"event": "result"}) + "\n")
+    with pytest.raises(FedloraError, match="finished run"):
+        loopback.Loopback(RunConfig(), tmp_path)
+    with pytest.raises(FedloraError, match="leakage"):
+        loopback.Loopback(RunConfig(leakage=True), tmp_path / "other")
