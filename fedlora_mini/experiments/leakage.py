@@ -119,7 +119,7 @@ class Watch:
         return leak_energy(own, at_average, weights)
 
     def final(self) -> dict[str, Any]:
-        """M5 over the rounds that all sites took part in (since the last resume): accuracy, its null's mean and 95 %."""
+        """M5 over the rounds that all sites took part in since a resume: accuracy, its null's mean and 95 %."""
         rounds = [row for row in self.sent if len(row) == len(self.engine.clients)]
         if len(rounds) < 4 or len(self.engine.clients) < 2 or len({tuple(map(len, row)) for row in rounds}) > 1:
             return {}

@@ -153,4 +153,3 @@ def told(method: Method, server: Server, client: int) -> State:
         news = offer(news, server.state, client)
     rank = server.ranks.get(client)
     return news if rank is None else truncate(news, rank)
-
