@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Adapter, Key, adapters, call
-from fedlora_mini.adapters.features import embed
+from fedlora_mini.adapters.features import embed, statistic
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.row import Method
 from fedlora_mini.losses import segmentation_loss
@@ -118,7 +118,12 @@ def train(
     optimiser = OPTIMISERS[budget.optimiser]([params[name] for name in movable], budget)
     features = any(term.features for term in terms)
     base = Context(round, 0, {}, dict(keys), budget.lr, budget.steps, layers=layers)
-    base = replace(base, run=lambda state, x: embed(model, state, x))
+
+    def look(state: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Another state's logits and z; norms in training mode write their statistics into copies."""
+        return embed(model, {n: v.clone() if statistic(n) else v for n, v in state.items()}, x)
+
+    base = replace(base, run=look)
     contexts = [replace(base, start=s, index=k if grouped else None, memory={}) for k, s in enumerate(states)]
     contexts = [replace(c, kept=notes) for c, notes in zip(contexts, kept, strict=True)] if kept else contexts
     total, done = torch.zeros(K, device=next(iter(params.values())).device), 0
@@ -165,7 +170,8 @@ def train(
             moving = {name: p for name, p in params.items() if p.requires_grad}
             with torch.enable_grad():
                 value, _ = objective(x, y)
-                return dict(zip(moving, torch.autograd.grad(value, list(moving.values())), strict=True))
+                found = torch.autograd.grad(value, list(moving.values()), allow_unused=True)
+                return {name: g for name, g in zip(moving, found, strict=True) if g is not None}
 
         contexts = [replace(c, x=x_k, y=y_k) for c, x_k, y_k in zip(contexts, x.chunk(K), y.chunk(K), strict=True)]
         contexts = contexts if grouped else [replace(c, again=again) for c in contexts]

@@ -127,7 +127,7 @@ def federate(
         new |= fold(server.state, products, layers or {})
         after = server.state | new
         error = agg_err(server.state, after | products, list(good)) if agg_err is not None else None
-        server.seen |= dict.fromkeys(desk.answered, server.round)  # who did not answer may not have heard
+        server.seen |= dict.fromkeys(desk.answered & requests.keys(), server.round)  # the others may not have heard
         server.changed |= dict.fromkeys(new, t)
         server.ranks |= desk.ranks
         if getattr(method.rule, "fresh", False):

@@ -113,7 +113,10 @@ class Member:
     def answer(self, request: Request) -> Update:
         """One round: receive, work, keep the private part, hand out what travels."""
         self.receive(request)
+        known = dict(self.memory)
         end, loss, messages = self.setting.method.work.round(self, request.round)
+        if not (S.finite(end) and S.finite(self.memory)):
+            self.memory = known  # a work's notes, like private tensors, are not replaced by broken ones
         return self.close(end, loss, request.round, messages)
 
     def close(self, end: State, loss: float, round: int, messages: State | None = None) -> Update:

@@ -32,6 +32,7 @@ from fedlora_mini.federation.works import (
     FedAS,
     Fusion,
     MovingAverage,
+    OwnPair,
     Prototypes,
     Remember,
     ResFIM,
@@ -80,7 +81,7 @@ METHODS: dict[str, Method] = {
     "fdlora": Method(
         "FDLoRA", "fdlora", common(), rule=FedAvgM(nesterov=True), work=Fusion(), reference="qi2024fdlora"
     ),
-    "fedalt": Method("FedALT", "fedalt", common(), rule=Others(), reference="bian2026fedalt"),
+    "fedalt": Method("FedALT", "fedalt", common(), rule=Others(), work=OwnPair(), reference="bian2026fedalt"),
     "hydra": Method("HydraLoRA, federated", "hydra", factors("A", "A", head=False), reference="tian2024hydralora"),
     "pfedlora": Method("pFedLoRA", "pfedlora", common(), own_first, reference="yi2023pfedlora"),
     "pfedsam": Method("pFedSAM", "pfedsam", common(), objective=(Distill(),), reference="wang2025pfedsam"),

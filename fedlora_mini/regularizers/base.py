@@ -48,7 +48,7 @@ class Context:
 
     def of(self, factor: str, state: Mapping[str, Tensor]) -> list[str]:
         """Names in `state` whose role is `factor`."""
-        return [name for name in state if self.keys[name].factor == factor]
+        return [name for name in state if name in self.keys and self.keys[name].factor == factor]
 
 
 class Regularizer:

@@ -45,7 +45,7 @@ class FlatNoise(Regularizer):
         f = (1 - math.cos(math.pi * t / T)) / 2
         out = {}
         for path, layer in layers(context, self.label, LoRA, Diagonal).items():
-            W = layer.base.weight
+            W = state.get(f"{path}.base.weight", layer.base.weight)  # where a federation has folded into it
             factors = {name: state[f"{path}.{name}"] for name in layer.factors}
             lengths = to_matrix(layer.base, W + delta_of(layer, factors)).norm(dim=1, keepdim=True)  # (m, 1)
             rng = seeded(f"flat:{self.seed}:{context.round}:{context.step}:{path}")

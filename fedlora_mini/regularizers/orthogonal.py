@@ -64,7 +64,8 @@ class Diversity(Regularizer):
     def penalty(self, state: State, context: Context) -> Tensor:
         N, terms = self.blocks, []
         for path, layer in layers(context, self.label, LoRA).items():
-            A, W = state[f"{path}.A"], to_matrix(layer.base, layer.frozen())  # (N r, n), (m, n)
+            A = state[f"{path}.A"]
+            W = to_matrix(layer.base, state.get(f"{path}.base.weight", layer.frozen()))  # (N r, n), (m, n)
             if len(A) % N:
                 raise FedloraError(f"'{path}' has rank {len(A)}, which does not split into {N} blocks")
             gram = (A @ A.mT).reshape(N, len(A) // N, N, len(A) // N)
