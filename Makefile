@@ -97,16 +97,18 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1
-ONE := --tasks vessel-shifted --shots 5 --splits 0-4 --threads 1
-evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about three hours and a half on one core)
+ONE := --tasks vessel-shifted --shots 5 --splits 0-9 --threads 1
+evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about four hours on one core)
 	$(BIN)/fedlora fewshot --tasks vessel-shifted --shots 1,2,5,10 $(FEW) --out runs/fewshot_phantom
+	mkdir -p runs/fewshot_more && cp runs/fewshot_phantom/search.jsonl runs/fewshot_more/
+	$(BIN)/fedlora fewshot --tasks vessel-shifted --shots 5,10 $(subst 0-4,5-9,$(FEW)) --out runs/fewshot_more
 	$(BIN)/fedlora fewshot arena-16-lam0 arena-16-lam0.001 arena-16-lam0.003 arena-16-lam0.03 arena-8-fixed $(ONE) \
 	  --lr 3e-2 --out runs/fewshot_lambda
 	$(BIN)/fedlora fewshot free-lam0 free-lam $(ONE) --lr 1e-2 --out runs/fewshot_gauge
 	$(BIN)/fedlora fewshot aroma sr-lora sara prilora $(ONE) --search-lr 1e-3,3e-3,1e-2,3e-2 --out runs/fewshot_ranks
 	$(BIN)/fedlora fewshot sublora $(ONE) --lr 3e-2 --out runs/fewshot_sublora
 	$(BIN)/fedlora fewshot grown-4 grown-8 grown-16 grown-32 $(ONE) --lr 3e-2 --out runs/fewshot_grown
-	cd runs && cat fewshot_phantom/results.jsonl fewshot_grown/results.jsonl fewshot_lambda/results.jsonl \
+	cd runs && cat fewshot_phantom/results.jsonl fewshot_more/results.jsonl fewshot_grown/results.jsonl fewshot_lambda/results.jsonl \
 	  fewshot_gauge/results.jsonl fewshot_ranks/results.jsonl fewshot_sublora/results.jsonl > ../results/fewshot_phantom.jsonl
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora fewshot scratch head bitfit affine adaptformer lora-1 lora-4 lora-8 lora-32 adalora sora \

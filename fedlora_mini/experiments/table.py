@@ -23,6 +23,12 @@ SITES = 3
 
 def words(chosen: Iterable[Key], table: Iterable[Key]) -> str:
     """A set of tensors by factor and region: "A, B, head", "B of encoder, A of decoder", "encoder, head"."""
+    chosen, table = set(chosen), set(table)
+    norms = {key for key in table if key.kind == "norm"}
+    if norms and chosen == norms:
+        return "norms"
+    if norms and chosen == table - norms:
+        return f"{words(chosen, chosen)}, without norms"
     factors: dict[str, set[str]] = {name: set() for name in REGIONS}
     every: dict[str, set[str]] = {name: set() for name in REGIONS}
     for key in chosen:
@@ -124,7 +130,6 @@ class Witness:
 
     engine: LocalEngine
     problems: list[str] = field(default_factory=list)
-    up: list[int] = field(default_factory=list)
 
     @property
     def clients(self) -> list[int]:

@@ -29,9 +29,7 @@ together = Schedule("all at every step", lambda key, round, step, steps: True)
 
 def only(factor: str) -> Schedule:
     """One factor moves, the others stay at their common random start; the head moves too."""
-    return Schedule(
-        f"only {factor} (and head)", lambda key, round, step, steps: key.region == "head" or key.factor == factor
-    )
+    return Schedule("nothing else moves", lambda key, round, step, steps: key.region == "head" or key.factor == factor)
 
 
 def by_round(first: str, second: str) -> Schedule:

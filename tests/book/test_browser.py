@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from fedlora_mini.adapters import ADAPTERS
-from fedlora_mini.widgets import SoftThreshold
+from fedlora_mini.federation import METHODS
+from fedlora_mini.widgets import SoftThreshold, SubspaceLeakage
 
 HTML = Path(__file__).resolve().parents[2] / "build" / "_build" / "html"
 PAGES = sorted(
@@ -185,6 +186,32 @@ def test_the_arena_page_s_widget_shows_what_the_library_computes(browser: Any, b
         assert not visit.errors
 
 
+def test_the_leakage_page_s_widget_shows_what_the_library_computes(browser: Any, base: str) -> None:
+    """From the chapter's settings, one slider after another: the sentence and the table."""
+    weights, state = [0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10], SubspaceLeakage()
+    with Visit(browser, f"{base}/11_leakage.html") as visit:
+        widget = visit.page.locator(".fl-widget")
+        assert widget.count() == 1 and widget.locator("svg").count() == 3
+        for i, (name, presses) in enumerate((("theta", 3), ("rank", 2), ("sites", 3), ("lam", 2), ("step", 5))):
+            slider = widget.locator("input[type=range]").nth(i)
+            slider.focus()
+            for _ in range(presses):
+                visit.page.keyboard.press("ArrowRight")
+            value = float(slider.input_value())
+            setattr(state, name, weights[int(value)] if name == "lam" else value if name == "theta" else int(value))
+            expected = state.result
+            text = widget.locator("[aria-live]").inner_text()
+            assert f"r = {state.rank}, K = {state.sites}, λ = {state.lam:g}, local steps: {state.step}." in text
+            cells = [float(x) for x in widget.locator("td").all_inner_texts() if x]
+            columns = (expected, expected["without"], expected["chance"])
+            names = ("leak_cos2", "leak_explained", "overlap", "drift")
+            assert cells == pytest.approx([c[key] for key in names for c in columns if key in c], abs=6e-4)
+            assert widget.locator("svg").first.locator("line.fl-now").count() == state.rank, "a fan for every angle"
+        assert (state.theta, state.rank, state.sites, state.lam, state.step) == (60.0, 4, 7, 3.0, 17)
+        assert not [url for url in visit.requests if not url.startswith((base, "data:", "blob:"))]
+        assert not visit.errors
+
+
 @pytest.mark.parametrize("name", WIDGET_PAGES)
 def test_a_widget_follows_dark_mode(browser: Any, name: str) -> None:
     with Visit(browser, f"{HTML.as_uri()}/{name}") as visit:
@@ -197,8 +224,10 @@ def test_a_widget_follows_dark_mode(browser: Any, name: str) -> None:
         assert colours[0] != colours[1]
 
 
-@pytest.mark.parametrize(("name", "figures"), [("04_adapter_zoo.html", 5), ("06_choosing_a_rank.html", 8)])
-def test_every_picture_of_the_adapter_chapters_is_drawn_and_numbered(browser: Any, name: str, figures: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "figures"), [("04_adapter_zoo.html", 5), ("06_choosing_a_rank.html", 8), ("08_method_table.html", 12)]
+)
+def test_every_picture_of_the_table_chapters_is_drawn_and_numbered(browser: Any, name: str, figures: int) -> None:
     with Visit(browser, f"{HTML.as_uri()}/{name}") as visit:
         pictures = visit.page.locator("article figure:has(.caption-number) img")
         assert pictures.count() == figures
@@ -211,3 +240,11 @@ def test_the_zoo_s_table_has_every_adapter_of_the_library(browser: Any) -> None:
     with Visit(browser, f"{HTML.as_uri()}/04_adapter_zoo.html") as visit:
         rows = visit.page.locator("table.dataframe th").all_inner_texts()
         assert {name for name, row in ADAPTERS.items() if not row.federated} <= {text.strip() for text in rows}
+
+
+def test_the_method_table_s_page_has_every_row_of_the_library(browser: Any) -> None:
+    with Visit(browser, f"{HTML.as_uri()}/08_method_table.html") as visit:
+        rows = visit.page.locator("table.dataframe th").all_inner_texts()
+        assert {row.title for row in METHODS.values()} <= {text.strip() for text in rows}
+        shown = "\n".join(visit.page.locator("article .output pre, article .cell_output pre").all_inner_texts())
+        assert '"fedit": Method("FedIT", "lora", everything)' in shown and "def factors(" in shown
