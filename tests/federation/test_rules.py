@@ -32,6 +32,12 @@ from fedlora_mini.federation.aggregation import (
 LAYERS = {"encoder.qkv": (7, 5), "decoder.conv": (4, 9)}  # m, n
 RANK, WEIGHTS = 3, (3.0, 1.0, 2.0, 5.0, 4.0)
 
+
+def named(rule):
+    """A rule's id: its bare name, the same in every process."""
+    return getattr(rule, "__name__", type(rule).__name__)
+
+
 RULES = {
     "mean": mean,
     "uniform": uniform,
@@ -208,7 +214,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("rule", [stack, padded, svd, residual, Fair(), Fair(solve="optimised")], ids=str)
+@pytest.mark.parametrize("rule", [stack, padded, svd, residual, Fair(), Fair(solve="optimised")], ids=named)
 def test_no_rule_on_products_forms_one(rule):
     m, n, r, K = 90, 80, 2, 3
     rng = torch.Generator().manual_seed(0)
