@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from fedlora_mini.cli import main
-from fedlora_mini.federation import METHODS
 
 TINY = [
     "--sites",
@@ -27,11 +26,19 @@ TINY = [
 TINY += ["--option", "per_site=6", "--option", "val=2", "--option", "test=3"]
 
 
-def test_the_method_table_shows_every_row(capsys):
-    assert main(["methods"]) == 0
+def test_the_method_table_shows_the_rows_asked_for(capsys):
+    """All of them without a name; tests/experiments/test_table.py runs every row."""
+    assert main(["methods", "fedit", "iat", "local"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:-1]] == list(METHODS)
+    assert [line.split()[0] for line in lines[2:-1]] == ["fedit", "iat", "local"]
     assert "B of encoder, A of decoder, head" in next(line for line in lines if line.startswith("iat"))
+
+
+def test_the_check_says_that_rows_do_what_they_say(capsys):
+    assert main(["methods", "fedit", "fedalt", "--check"]) == 0
+    assert capsys.readouterr().out.count("as it says") == 2
+    assert main(["methods", "fedid"]) == 2
+    assert "Did you mean 'fedit'?" in capsys.readouterr().err
 
 
 def test_models_and_data_are_listed(capsys):
@@ -120,6 +127,6 @@ def test_help_is_there(command, capsys):
 
 def test_the_installed_command_is_the_same():
     out = subprocess.run(
-        [sys.executable, "-m", "fedlora_mini.cli", "methods"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "fedlora_mini.cli", "methods", "fedsa"], capture_output=True, text=True, check=True
     )
     assert "fedsa" in out.stdout
