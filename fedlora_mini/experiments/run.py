@@ -70,7 +70,7 @@ class Federation:
         device = pick_device(config.device)
         model = load_base(config.model, len(data.classes), data.spatial, config.base, config.seed)
         given = {"rank": config.rank, "alpha": config.alpha}
-        given |= {"sites": 1 if row.pooled else len(data.sites), **row.options}
+        given |= {"sites": 1 if row.pooled else len(data.sites)}
         options = {name: value for name, value in given.items() if name in ADAPTERS[row.adapter].options}
         model = prepare(model, row.adapter, config.seed, **options).to(device)
         start = trainable(model)

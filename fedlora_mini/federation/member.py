@@ -104,10 +104,8 @@ class Member:
         method = replace(own.method, **row) if row else own.method
         begin = self.tensors if start is None else start
         batches = self.batches(round, budget, purpose)
-        kept = [self.notes]
-        [end], [loss] = train(
-            own.model, method, own.keys, [begin], batches, budget, round, own.precision, kept=kept
-        )  # fmt: skip
+        args = (own.model, method, own.keys, [begin], batches, budget, round, own.precision)
+        [end], [loss] = train(*args, kept=[self.notes])
         return end, loss
 
     def answer(self, request: Request) -> Update:
@@ -124,10 +122,11 @@ class Member:
         own = self.own(end)
         if S.finite(own):
             self.memory |= own
-        setting, budget = self.setting, self.setting.budget.of(len(self.data))
+        setting, steps = self.setting, self.setting.budget.steps  # the run's: all clients send the same names
         moves, keys, private = setting.method.schedule.moves, setting.keys, setting.private
-        sent = {n: v for n, v in end.items() if n in keys and not private(n) and moves(keys[n], round, budget.steps)}
-        return Update(self.number, sent | (messages or {}), float(len(self.data)), loss, budget.steps)
+        sent = {n: v for n, v in end.items() if n in keys and not private(n) and moves(keys[n], round, steps)}
+        taken = setting.budget.of(len(self.data)).steps
+        return Update(self.number, sent | (messages or {}), float(len(self.data)), loss, taken)
 
 
 def on(device: torch.device, split: Split) -> Split:

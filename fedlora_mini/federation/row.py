@@ -1,7 +1,7 @@
 """A federated method is a row: a choice along the axes adapter, sharing, schedule, rule, objective, work, clients."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 class Work:
     """What a client does in a round, and what it says beside its shared tensors. By default: it trains, and no more.
 
-    `messages` are the notes that it sends, `notes` those that it keeps; both are prefixes of names with a "~".
+    A note is a tensor whose name holds a "~". messages: patterns (`fnmatch`) of those that it sends, which engines and
+    server check; notes: how the names of those that it keeps begin. A work of its own is never done in one pass.
     """
 
     label: str = ""
     messages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    grouped: bool = True  # whether clients may do it in one pass, along the group axis
 
     def round(self, client: "Member", round: int) -> tuple[State, float, State]:
         """The trained tensors, the mean loss and the messages."""
@@ -59,7 +59,6 @@ class Method:
     work: Work = trains
     pooled: bool = False
     reference: str = ""  # citation key of the book
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the adapter, where the row fixes them
 
     def images(self, x: Tensor, notes: Mapping[str, Tensor]) -> Tensor:
         """What the network is given for images x, by a client's or the server's notes."""

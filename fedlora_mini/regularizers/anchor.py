@@ -1,4 +1,4 @@
-"""(mu/2) ||θ - θ_t||²: stay near the round's start. FedProx, Li et al. 2020."""
+"""(mu/2) ||θ - w||²: stay near the round's start (FedProx, Li et al. 2020) or near another state (Ditto)."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,16 @@ from fedlora_mini.state import State
 
 @dataclass(frozen=True)
 class Anchor(Regularizer):
-    """The squared distance, over everything that is trained; its gradient is mu (θ - θ_t)."""
+    """The squared distance over everything that moves; its gradient is mu (θ - w). target: w, or None for the start."""
 
     mu: float = 0.01
+    target: State | None = None
 
     @property
     def label(self) -> str:  # type: ignore[override]
         return f"FedProx anchor, mu {self.mu:g}"
 
     def penalty(self, state: State, context: Context) -> Tensor:
-        moved = [(state[name] - context.start[name]).square().sum() for name in state if state[name].requires_grad]
+        w = context.start if self.target is None else self.target
+        moved = [(state[name] - w[name]).square().sum() for name in state if state[name].requires_grad]
         return 0.5 * self.mu * torch.stack(moved).sum()

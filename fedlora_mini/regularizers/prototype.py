@@ -13,6 +13,13 @@ from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.state import State
 
 
+def distance(z: Tensor, masks: Tensor, target: Tensor) -> Tensor:
+    """Mean over the classes that are seen on both sides of the mean square of z̄_y - c_y. target: (C, c), 0 = unseen."""
+    means, counts = class_means(z, masks, len(target))
+    seen = (counts > 0) & target.any(1)
+    return ((means - target).square().mean(1) * seen).sum() / seen.sum().clamp(min=1)
+
+
 @dataclass(frozen=True)
 class NearPrototypes(Regularizer):
     """Reads the note `~prototype` (C, c) that the server sends; nothing before the second round."""
@@ -27,9 +34,4 @@ class NearPrototypes(Regularizer):
 
     def penalty(self, state: State, context: Context) -> Tensor | float:
         common = context.kept.get("~prototype")
-        if common is None:
-            return 0.0
-        means, counts = class_means(context.z, context.y, len(common))
-        seen = (counts > 0) & common.any(1)
-        distance = (means - common).square().mean(1)  # (C,)
-        return self.lam * (distance * seen).sum() / seen.sum().clamp(min=1)
+        return 0.0 if common is None else self.lam * distance(context.z, context.y, common)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fedlora_mini import state as S
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.federation.aggregation.messages import MASK
-from fedlora_mini.federation.exchange import Update, is_model
+from fedlora_mini.federation.exchange import MASK, Update, is_model
 from fedlora_mini.state import State
 
 

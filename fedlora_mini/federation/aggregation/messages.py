@@ -6,7 +6,6 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.exchange import Update
 
 WEIGHT = "~weight"  # a scalar: how much the client wants to count
-MASK = "~mask"  # "<name>~mask", of the tensor's shape: which entries are for all
 PROTOTYPE, COUNT = "~prototype", "~count"  # (C, c), (C,): the mean feature of every class, over so many samples
 
 

@@ -11,15 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora_mini.adapters.features import class_means
+from fedlora_mini.federation.aggregation.messages import WEIGHT
 from fedlora_mini.federation.fisher import diagonal_fisher
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.row import Work
 from fedlora_mini.federation.works.prototypes import prototypes
 from fedlora_mini.regularizers import Context, Regularizer
+from fedlora_mini.regularizers.prototype import distance
 from fedlora_mini.state import State
 
-MINE, WEIGHT = "~mine", "~weight"
+MINE = "~mine"
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,7 @@ class ToMine(Regularizer):
         leaves = {name: state[name].detach().requires_grad_() for name in gradient}
         with torch.enable_grad():
             z = context.run({**state, **leaves}, context.x)[1]
-            means, counts = class_means(z, context.y, len(self.target))
-            seen = (counts > 0) & self.target.any(1)
-            value = ((means - self.target).square().mean(1) * seen).sum() / seen.sum().clamp(min=1)
+            value = distance(z, context.y, self.target)
             new = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         for name, g in zip(leaves, new, strict=True):
             if g is None:

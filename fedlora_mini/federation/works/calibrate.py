@@ -23,7 +23,6 @@ class Calibrated(Work):
 
     messages = (f"{HEADS}*",)
     label = "shows its head to all"
-    grouped = False
 
     def round(self, client: Member, round: int) -> tuple[State, float, State]:
         client.memory |= self.received(client)

@@ -2,29 +2,12 @@
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.row import Work
-from fedlora_mini.regularizers import Context, Regularizer
+from fedlora_mini.regularizers import Anchor
 from fedlora_mini.state import State
 
 PERSONAL = "~personal/"
-
-
-@dataclass(frozen=True)
-class Pull(Regularizer):
-    """(lam/2) ||θ - w||² towards a fixed w."""
-
-    lam: float
-    target: State
-
-    label = "pull to the global model"
-
-    def penalty(self, state: State, context: Context) -> Tensor:
-        moved = [(state[n] - self.target[n]).square().sum() for n in self.target if state[n].requires_grad]
-        return 0.5 * self.lam * torch.stack(moved).sum()
 
 
 @dataclass(frozen=True)
@@ -43,7 +26,7 @@ class Ditto(Work):
         w = {name: value.clone() for name, value in client.tensors.items()}
         end, loss = client.fit(round)
         v = client.recall(PERSONAL) or w
-        own, _ = client.fit(round, v, "personal", objective=(*client.setting.method.objective, Pull(self.lam, w)))
+        own, _ = client.fit(round, v, "personal", objective=(*client.setting.method.objective, Anchor(self.lam, w)))
         client.keep(PERSONAL, own)
         return end, loss, {}
 

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from fedlora_mini.adapters.features import class_means, embed, in_use
+from fedlora_mini.federation.aggregation.messages import COUNT, PROTOTYPE
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.row import Work
 from fedlora_mini.state import State
-
-PROTOTYPE, COUNT = "~prototype", "~count"
 
 
 @torch.no_grad()
