@@ -1,7 +1,6 @@
 """The command line: `fedlora methods | adapters | models | data | pretrain | run | network | compare | fewshot …`."""
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ COMPARE_EXAMPLES = """examples:
   fedlora compare local fedit fedsa iat --data nuclei --seeds 0-2
   fedlora compare local fedit --data phantom --seeds 0-7 --search-lr 1e-3,3e-3,1e-2
   fedlora compare fedit iat --data path/to/hospitals --unseen C6
+  fedlora compare resfim resfim:score=lottery iat_sor:form=exact,lam=0.01     rows with other numbers
 
 An interrupted comparison goes on where it stopped when the same command is given again."""
 
@@ -42,21 +42,15 @@ Without arms: all of them. No validation data: training stops by its own loss, a
 on a task that is not reported. An interrupted study goes on where it stopped when the same command is given again."""
 
 
-def _value(text: str) -> Any:
-    """A JSON value if it is one, else the text: 1.5, true, [1, 2], hello."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
 def _options(pairs: Sequence[str]) -> dict[str, Any]:
+    from fedlora_mini.experiments.arms import value
+
     out = {}
     for pair in pairs:
-        name, found, value = pair.partition("=")
+        name, found, given = pair.partition("=")
         if not found:
             raise FedloraError(f"--option '{pair}' is not understood; accepted: NAME=VALUE")
-        out[name.replace("-", "_")] = _value(value)
+        out[name.replace("-", "_")] = value(given)
     return out
 
 

@@ -7,12 +7,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.experiments.arms import title_of
 from fedlora_mini.experiments.fewshot import report as fewshot
 from fedlora_mini.experiments.fewshot.arms import arm as fewshot_arm
 from fedlora_mini.experiments.report import read_results, table_of
 from fedlora_mini.experiments.stats import Difference, holm, paired_difference
-from fedlora_mini.federation import METHODS
 
 MARGIN = 0.005  # half a Dice point: smaller differences count as none
 LEVEL = 0.05
@@ -22,7 +25,9 @@ LEVEL = 0.05
 class Claim:
     """metric(a) - metric(b) is positive, negative or about zero (`sign` +1, -1, 0), paired over seeds and sites.
 
-    With `shots` the arms are few-shot ones (patterns, see `fewshot.report.of`), seeds are splits, sites are tasks.
+    An arm of another file is `ARM@FILE` (without .jsonl), and `ARM - ARM` is a difference, so that a - b can be an
+    interaction. With `shots` the arms are few-shot ones (patterns, see `fewshot.report.of`), `ARM@TASK` is one task,
+    seeds are splits, sites are tasks.
     """
 
     text: str
@@ -40,11 +45,26 @@ class Claim:
 
     def title(self, name: str) -> str:
         """An arm's name for the reader."""
-        arms, at, task = name.partition("@")
         if not self.shots:
-            return METHODS[name].title
+            where = {file: file.partition("_")[2] for _, file in self.parts(self.a) + self.parts(self.b)}
+            named = [f"{title_of(arm)}{f' ({where[file]})' * (len(where) > 1)}" for arm, file in self.parts(name)]
+            return f"({' − '.join(named)})" if len(named) > 1 else named[0]
+        arms, at, task = name.partition("@")
         text = ", ".join(fewshot_arm(arm).title for arm in arms.split("|"))
         return f"{text} on {task}" if at else text
+
+    def parts(self, text: str) -> list[tuple[str, str]]:
+        """The terms of `a` or `b`, of which the second and later are subtracted: (arm, file without .jsonl)."""
+        own = self.results.removesuffix(".jsonl")
+        found = [term.partition("@") for term in text.split(" - ")]
+        return [(arm, file or own) for arm, _, file in found]
+
+    @property
+    def files(self) -> list[str]:
+        """The files in results/ that the claim reads."""
+        if self.shots:
+            return [self.results]
+        return list(dict.fromkeys(f"{file}.jsonl" for _, file in self.parts(self.a) + self.parts(self.b)))
 
     @property
     def measured(self) -> str:
@@ -67,6 +87,26 @@ def _fewshot(
     not_matched: str = "λ and ρ of ARENA, chosen on that other task",
 ) -> Claim:
     return Claim(text, a, b, results, sign, "", metric, margin, source, matched, not_matched, shots)
+
+
+def _cell(
+    text: str,
+    a: str,
+    b: str,
+    cell: str,
+    *,
+    sign: int = +1,
+    source: str = "zhao2026iat",
+    protocol: str = "personal",
+    not_matched: str = "how the bytes divide between encoder and decoder",
+) -> Claim:
+    """A claim on one cell of the 2x2 of simulated shifts."""
+    return Claim(text, a, b, f"factorial_{cell}.jsonl", sign, protocol, source=source, not_matched=not_matched)
+
+
+def _sor(text: str, metric: str, sign: int = -1, protocol: str = "leakage", margin: float = 0.01) -> Claim:
+    a, b, matched = "iat_sor:form=exact,lam=0.01", "iat", "rounds, steps, batches, initial weights, data, rank, bytes"
+    return Claim(text, a, b, "sor_both.jsonl", sign, protocol, metric, margin, "zhao2026iat", matched, "nothing")
 
 
 CLAIMS: dict[str, Claim] = {
@@ -117,7 +157,7 @@ CLAIMS: dict[str, Claim] = {
         source="guo2025fedsa",
         not_matched="bytes sent, and the head, which FedSA keeps at the site",
     ),
-    "iat-over-fedsa-nuclei": Claim(
+    "iat-sharing-over-fedsa-nuclei": Claim(
         "On real nuclei domains, IAT's sharing beats FedSA on each domain's own data.",
         "iat",
         "fedsa",
@@ -126,6 +166,124 @@ CLAIMS: dict[str, Claim] = {
         source="zhao2026iat",
         not_matched="bytes sent, and the head: IAT shares it, FedSA does not",
     ),
+    # I1: the preference flips with the kind of shift. The four assignments keep the head at the site.
+    "share-b-under-appearance": _cell(
+        "Where sites differ in appearance alone, sharing B (A stays) beats sharing A (B stays) in both regions.",
+        "inverse_fedsa",
+        "fedsa",
+        "appearance",
+    ),
+    "share-a-under-supervision": _cell(
+        "Where sites differ in annotation alone, sharing A (B stays) beats sharing B (A stays) in both regions.",
+        "fedsa",
+        "inverse_fedsa",
+        "supervision",
+    ),
+    "preference-flips": _cell(
+        "What sharing B instead of A gains is larger under a shift of appearance than under one of annotation.",
+        "inverse_fedsa - fedsa",
+        "inverse_fedsa@factorial_supervision - fedsa@factorial_supervision",
+        "appearance",
+    ),
+    # I2: with both shifts, B shared in the encoder and A in the decoder is the best of four and the opposite the worst
+    "iat-over-anti": _cell(
+        "Under both shifts IAT's assignment beats the opposite one.", "iat_own_head", "anti_own_head", "both"
+    ),
+    "iat-over-fedsa": _cell(
+        "Under both shifts IAT's assignment beats sharing A everywhere (FedSA).", "iat_own_head", "fedsa", "both"
+    ),
+    "iat-over-inverse": _cell(
+        "Under both shifts IAT's assignment beats sharing B everywhere.", "iat_own_head", "inverse_fedsa", "both"
+    ),
+    "anti-worst": _cell(
+        "Under both shifts the opposite assignment is the worst of the four: below sharing A everywhere.",
+        "anti_own_head",
+        "fedsa",
+        "both",
+        sign=-1,
+    ),
+    "iat-over-fedit-both": _cell(
+        "Under both shifts IAT beats one LoRA for all (FedIT).",
+        "iat",
+        "fedit",
+        "both",
+        not_matched="bytes sent (FedIT twice as many)",
+    ),
+    "iat-over-local-both": _cell(
+        "Under both shifts IAT beats training alone at the same rank.",
+        "iat",
+        "local",
+        "both",
+        not_matched="bytes sent (none by a site alone)",
+    ),
+    "dual-over-fedit-new-site": _cell(
+        "A shared and a private branch serve a new site better than one shared LoRA.",
+        "dual",
+        "fedit",
+        "both",
+        source="",
+        protocol="new site",
+        not_matched="trained parameters (two branches of rank 4 against one)",
+    ),
+    # I3: what the orthogonality regulariser does, at one weight of its exact form
+    "sor-lowers-m2": _sor("SOR lowers the squared cosine of shared and private change (its own target).", "leak_cos2"),
+    "sor-lowers-m3": _sor(
+        "SOR lowers the share of the common change that lies in the span of the sites' own ones.", "leak_explained"
+    ),
+    "sor-lowers-probe": _sor("SOR makes sites harder to tell from their updates of the shared factor.", "site_probe"),
+    "sor-lowers-swap-drop": _sor(
+        "With SOR a site loses less with another site's private factors.", "swap_drop", margin=MARGIN
+    ),
+    "sor-improves-dice": _sor("SOR improves Dice on each site's own data.", "dice", +1, "personal", MARGIN),
+    "sor-improves-new-site": _sor("SOR improves Dice at sites that never trained.", "dice", +1, "new site", MARGIN),
+    # I4
+    "no-free-lunch": _cell(
+        "Where sites do not differ, private factors cost nothing: IAT and FedIT score the same.",
+        "iat",
+        "fedit",
+        "none",
+        sign=0,
+        not_matched="bytes sent (FedIT twice as many)",
+    ),
+    # P1
+    "resfim-over-lottery": Claim(
+        "pFL-ResFIM's mask beats a random one of the same share.",
+        "resfim",
+        "resfim:score=lottery",
+        "resfim_appearance.jsonl",
+        +1,
+        source="zhu2026resfim",
+        matched="rounds, local steps, batches, initial weights, data, share of private entries",
+        not_matched="the mean amplitudes that ResFIM also sends",
+    ),
+    "resfim-over-information": Claim(
+        "The residual of the Fisher information is a better mask than the information itself.",
+        "resfim",
+        "resfim:score=information",
+        "resfim_appearance.jsonl",
+        +1,
+        source="zhu2026resfim",
+        matched="rounds, local steps, batches, initial weights, data, share of private entries",
+        not_matched="the mean amplitudes that ResFIM also sends",
+    ),
+    # real sites
+    **{
+        f"iat-over-{other}-{name}": Claim(
+            f"On {what}, IAT's sharing beats {told} on each one's own data.",
+            "iat_own_head" if other == "fedsa" else "iat",
+            other,
+            f"hospitals_{name}.jsonl",
+            +1,
+            source="zhao2026iat",
+            not_matched="bytes sent",
+        )
+        for name, what in (
+            ("polypgen", "five hospitals' polyps"),
+            ("nuclei", "four domains of nuclei"),
+            ("lgg", "gliomas of four institutions"),
+        )
+        for other, told in (("fedsa", "FedSA's"), ("local", "training alone"))
+    },
     "lora-equals-full": Claim(
         "FedAvg of all weights and FedIT, which trains a tenth of them, score the same on a site's own data.",
         "fedavg",
@@ -287,7 +445,7 @@ class Verdict:
         lines += [
             f"| matched | {claim.matched} |",
             f"| not matched | {claim.not_matched} |",
-            f"| runs | `results/{claim.results}` |",
+            f"| runs | {', '.join(f'`results/{file}`' for file in claim.files)} |",
         ]
         return "\n".join(lines)
 
@@ -302,15 +460,23 @@ def results_folder() -> Path | None:
 
 def _difference(claim: Claim) -> Difference | None:
     folder = results_folder()
-    if folder is None or not (folder / claim.results).is_file():
+    if folder is None or not all((folder / file).is_file() for file in claim.files):
         return None
-    results = read_results([folder / claim.results])
-    if claim.shots:
-        a, b = (fewshot.table_of(results, arm, claim.shots, claim.metric) for arm in (claim.a, claim.b))
-    else:
-        a, b = (table_of(results, arm, claim.protocol, claim.metric) for arm in (claim.a, claim.b))
+
+    def read(text: str) -> NDArray[np.float64]:
+        if claim.shots:
+            return fewshot.table_of(read_results([folder / claim.results]), text, claim.shots, claim.metric)
+        tables = [
+            table_of(read_results([folder / f"{file}.jsonl"]), arm, claim.protocol, claim.metric)
+            for arm, file in claim.parts(text)
+        ]
+        if len({table.shape for table in tables}) > 1:
+            raise FedloraError(f"'{text}' has not the same seeds and sites in every term")
+        return tables[0] - sum(tables[1:])
+
+    a, b = read(claim.a), read(claim.b)
     if not a.size or a.shape != b.shape:
-        raise FedloraError(f"'{claim.results}' does not hold both {claim.a} and {claim.b} with the same seeds")
+        raise FedloraError(f"{', '.join(claim.files)} do not hold both {claim.a} and {claim.b} with the same seeds")
     return paired_difference(a, b)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedlora_mini.data import Dataset
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.arms import parse_arm
 from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.run import dataset_of, run
@@ -32,7 +33,8 @@ def parse_seeds(text: str) -> list[int]:
 class Comparison:
     """Runs under `folder`, one sub-folder each, so that an interrupted comparison goes on where it stopped.
 
-    `settings` are those of `RunConfig`, common to all arms; without an `lr` among them each adapter takes its own.
+    `methods` are arms as `parse_arm` reads them. `settings` are those of `RunConfig`, common to all; without an `lr`
+    among them each adapter takes its own.
     """
 
     methods: Sequence[str]
@@ -47,7 +49,9 @@ class Comparison:
         """All results, methods within seeds; also written to `results.jsonl`."""
         if len(set(self.methods)) != len(self.methods):
             raise FedloraError(f"a method is named twice: {', '.join(self.methods)}")
-        arms = [RunConfig(method=name, **self.settings) for name in self.methods]
+        common = self.settings.get("change", {})
+        parsed = [parse_arm(text) for text in self.methods]
+        arms = [RunConfig(**self.settings | {"method": name, "change": common | own}) for name, own in parsed]
         if self.rates:
             arms = [self._search(config) for config in arms]
         results = [self._one(config.but(seed=seed)) for seed in self.seeds for config in arms]

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.arms import arm_of, title_of
 from fedlora_mini.experiments.stats import Difference, holm, paired_difference
 from fedlora_mini.federation import METHODS
 from fedlora_mini.picture import Picture
@@ -44,30 +45,46 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 
 
 def arms(results: Sequence[Result]) -> list[str]:
-    """The methods, in the order in which they occur."""
-    return list(dict.fromkeys(r["config"]["method"] for r in results))
+    """The arms (see `arm_of`), in the order in which they occur."""
+    return list(dict.fromkeys(arm_of(r["config"]) for r in results))
 
 
-def table_of(results: Sequence[Result], method: str, protocol: str, metric: str = "dice") -> NDArray[np.float64]:
-    """(seeds, sites) of one method under one protocol, seeds ascending; no rows if the protocol was not measured."""
-    rows = sorted((r for r in results if r["config"]["method"] == method), key=lambda r: r["config"]["seed"])
-    values = [[site[metric] for site in r["scores"][protocol].values()] for r in rows if protocol in r["scores"]]
+def table_of(results: Sequence[Result], arm: str, protocol: str, metric: str = "dice") -> NDArray[np.float64]:
+    """(seeds, sites) of one arm under one protocol, seeds ascending; no rows if the protocol was not measured.
+
+    Under "leakage" a metric of `--leakage`, as its mean over the rounds: one column for the federation, but for
+    "swap_drop", what a site loses with another site's private factors, which has one for each site.
+    """
+    rows = sorted((r for r in results if arm_of(r["config"]) == arm), key=lambda r: r["config"]["seed"])
+    if protocol == "leakage":
+        values = [_leakage(r["leakage"], metric) for r in rows if "leakage" in r]
+    else:
+        values = [[site[metric] for site in r["scores"][protocol].values()] for r in rows if protocol in r["scores"]]
     return np.array(values, dtype=float).reshape(len(values), len(values[0]) if values else 0)
 
 
+def _leakage(found: dict[str, Any], metric: str) -> list[float]:
+    if metric == "swap_drop":
+        drop = np.array(found[metric])  # (site, whose private factors)
+        return list((drop.sum(1) - drop.diagonal()) / (len(drop) - 1))
+    if metric in found:
+        return [found[metric]]
+    return [float(np.mean([each[metric] for each in found["rounds"]]))]
+
+
 def summary(results: Sequence[Result]) -> pd.DataFrame:
-    """One row a method: mean Dice (± standard deviation of the seeds' means), worst site, distances, costs."""
+    """One row an arm: mean Dice (± standard deviation of the seeds' means), worst site, distances, costs."""
     rows = []
     for method in arms(results):
-        mine = [r for r in results if r["config"]["method"] == method]
+        mine = [r for r in results if arm_of(r["config"]) == method]
         own = table_of(results, method, "personal")
         spread = f" ± {own.mean(1).std(ddof=1):.3f}" if len(own) > 1 else ""
         new = table_of(results, method, "new site")
         errors = [r["agg_err"][-1] for r in mine if r["agg_err"][-1] is not None]
-        clients = 1 if METHODS[method].pooled else len(mine[0]["scores"]["personal"])
+        clients = 1 if METHODS[mine[0]["config"]["method"]].pooled else len(mine[0]["scores"]["personal"])
         rows.append(
             {
-                "method": METHODS[method].title,
+                "method": title_of(method),
                 "personal Dice": f"{own.mean():.3f}{spread}",
                 "worst site": f"{own.mean(0).min():.3f}",
                 "HD95 (px)": f"{table_of(results, method, 'personal', 'hd95').mean():.1f}",
@@ -101,7 +118,7 @@ def difference_table(results: Sequence[Result], protocol: str = "personal") -> p
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True)) if tested else {}
     rows = [
         {
-            "difference": f"{METHODS[a].title} − {METHODS[b].title}",
+            "difference": f"{title_of(a)} − {title_of(b)}",
             "Dice": f"{d.mean:+.3f}",
             "95 % interval": f"[{d.low:+.3f}, {d.high:+.3f}]",
             "p (Holm)": f"{corrected[a, b]:.3f}" if (a, b) in corrected else "–",
@@ -133,7 +150,7 @@ def _points(axis: Axes, results: Sequence[Result], protocol: str) -> None:
     axis.hlines(means, places - 0.36, places + 0.36, colors="black", lw=1.5, zorder=1)
     for x, y in enumerate(means):
         axis.annotate(f"{y:.3f}", (x, 0.98), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8)
-    axis.set_xticks(places, [METHODS[name].title for name in names], rotation=20, ha="right")
+    axis.set_xticks(places, [title_of(name) for name in names], rotation=20, ha="right")
     axis.set_xlim(-0.6, len(names) - 0.4)
     axis.set_title(TITLES[protocol], fontsize=10)
     axis.grid(axis="y", alpha=0.3)
@@ -147,7 +164,7 @@ def _intervals(axis: Axes, pairs: dict[tuple[str, str], Difference]) -> None:
         axis.plot([d.low, d.high], [y, y], "-", color=colour, lw=2)
         axis.plot(d.mean, y, "o", color=colour)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_yticks(range(len(rows)), [f"{METHODS[a].title} − {METHODS[b].title}" for (a, b), _ in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [f"{title_of(a)} − {title_of(b)}" for (a, b), _ in rows], fontsize=8)
     axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.set_xlabel("difference in personal Dice, 95 % interval")
     axis.set_title(f"paired over {rows[0][1].seeds} seeds and {rows[0][1].sites} sites", fontsize=10)

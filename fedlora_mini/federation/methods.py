@@ -73,10 +73,13 @@ METHODS: dict[str, Method] = {
     "iat": Method("IAT sharing", "lora", iat_factors, reference="zhao2026iat"),
     "iat_sor": Method("IAT + SOR", "lora", iat_factors, objective=(SOR(),), reference="zhao2026iat"),
     "anti_iat": Method("anti-IAT (control)", "lora", factors("A", "B", head=True)),
+    "iat_own_head": Method("IAT, own head", "lora", factors("B", "A", head=False), reference="zhao2026iat"),
+    "anti_own_head": Method("anti-IAT, own head", "lora", factors("A", "B", head=False)),
     "encoder_local": Method("encoder at the site", "lora", decoder_only),
     "decoder_local": Method("decoder at the site", "lora", encoder_only),
     # low-rank, two branches or a mixture: one that is shared, one that stays
     "dual": Method("dual branch", "dual", common()),
+    "dual_sor": Method("dual branch + SOR", "dual", common(), objective=(SOR(form="dual"),)),
     "client_tailored": Method("client-tailored adapter", "dual", common(head=False), reference="hu2025tailored"),
     "fdlora": Method(
         "FDLoRA", "fdlora", common(), rule=FedAvgM(nesterov=True), work=Fusion(), reference="qi2024fdlora"
