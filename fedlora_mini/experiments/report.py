@@ -64,11 +64,8 @@ def table_of(results: Sequence[Result], arm: str, protocol: str, metric: str = "
 
 
 def _leakage(found: dict[str, Any], metric: str) -> list[float]:
-    if metric == "swap_drop":
-        drop = np.array(found[metric])  # (site, whose private factors)
-        return list((drop.sum(1) - drop.diagonal()) / (len(drop) - 1))
     if metric in found:
-        return [found[metric]]
+        return list(np.atleast_1d(found[metric]))
     return [float(np.mean([each[metric] for each in found["rounds"]]))]
 
 

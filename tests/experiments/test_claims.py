@@ -6,6 +6,7 @@ import pytest
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import claims
+from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.claims import CLAIMS, Claim, judge, verdicts
 from fedlora_mini.experiments.fewshot.arms import arm
 from fedlora_mini.experiments.stats import paired_difference
@@ -45,8 +46,11 @@ def test_every_claim_names_methods_and_a_protocol_that_exist():
         if claim.shots:
             assert all(arm(name) for side in (claim.a, claim.b) for name in side.partition("@")[0].split("|")), key
         else:
-            assert claim.a in METHODS and claim.b in METHODS, key
-            assert claim.protocol in ("personal", "global", "new site"), key
+            for name, file in claim.parts(claim.a) + claim.parts(claim.b):
+                method, change = parse_arm(name)
+                assert METHODS[method].but(**change) and arm_of({"method": method, "change": change}) == name, key
+                assert f"{file}.jsonl" in claim.files, key
+            assert claim.protocol in ("personal", "global", "new site", "leakage"), key
         assert claim.text.endswith(".") and claim.matched and claim.results.endswith(".jsonl"), key
 
 
@@ -65,6 +69,19 @@ def test_a_card_is_computed_from_stored_runs_and_corrected_for_all_claims(tmp_pa
     assert found["up"].p == pytest.approx(2 * found["up"].difference.p_bootstrap)
     card = found["up"]._repr_markdown_()
     assert "**supported**" in card and "FedSA-LoRA − FedIT" in card and "8 seeds × 2 sites" in card
+
+
+def test_an_arm_of_another_file_and_a_difference_of_differences(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_RESULTS", str(tmp_path))
+    for file, gain in (("cell_x", 0.3), ("cell_y", 0.1)):
+        rows = [result(m, s, 0.5 + gain * (m == "fedsa") + 0.001 * s) for s in range(8) for m in ("fedit", "fedsa")]
+        (tmp_path / f"{file}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    claim = replace(UP, a="fedsa - fedit", b="fedsa@cell_y - fedit@cell_y", results="cell_x.jsonl")
+    found = verdicts({"interaction": claim})["interaction"]
+    assert found.difference.mean == pytest.approx(0.2) and found.word == "supported"
+    assert claim.title(claim.b) == "(FedSA-LoRA (y) − FedIT (y))" and claim.files == ["cell_x.jsonl", "cell_y.jsonl"]
+    (tmp_path / "cell_y.jsonl").unlink()
+    assert verdicts({"interaction": claim})["interaction"].word == "not run"
 
 
 def test_unpaired_runs_give_no_verdict(tmp_path, monkeypatch):
