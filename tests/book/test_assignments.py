@@ -52,6 +52,48 @@ MUTANTS = [
     ("set1", "t8-solution", "v != 0", "v > 0", "t8-check"),
     ("set1", "t8-solution", "v != 0", "v.abs() > 1e-3", "t8-check"),
     ("set1", "t8-solution", "A.numel() + B.numel()", "A.numel() + v.numel() + B.numel()", "t8-check"),
+    ("set2", "t1-solution", "[count / sum(counts) for count in counts]", "[1 / len(counts)] * len(counts)", "t1-check"),
+    ("set2", "t1-solution", "count / sum(counts)", "count / max(counts)", "t1-check"),
+    ("set2", "t1-solution", "share * state[name].double()", "state[name].mul_(share)", "t1-check"),  # in place
+    ("set2", "t2-lost-solution", "B - torch.tensordot(p, B, 1)", "torch.tensordot(p, B, 1) - B", "t2-lost-check"),
+    ("set2", "t2-lost-solution", "(p[:, None, None] * dB)", "(dB / len(p))", "t2-lost-check"),  # equal weights
+    ("set2", "t2-lost-solution", "return (p[:, None, None] * dB).transpose(0, 1).flatten(1), dA.flatten(0, 1)",
+     "U, S, V = torch.linalg.svd(torch.einsum('k,kmr,krn->mn', p, dB, dA))\n    return U[:, :8] * S[:8], V[:8]",
+     "t2-lost-check"),  # m x n
+    ("set2", "t2-error-solution", "float((off / size).sqrt())", "float(off / size)", "t2-error-check"),
+    ("set2", "t2-error-solution", "(p[:, None, None] * B)", "(B / len(p))", "t2-error-check"),
+    ("set2", "t2-error-solution", "(L.T @ L) * (N @ N.T)).sum()", "L @ N).square().sum()", "t2-error-check"),  # m x n
+    ("set2", "t3-solution", "len(moved) == 2", "'AB' in steps", "t3-check"),  # LA-LoRA alternates within a round
+    ("set2", "t3-solution", '"private" if own', '"private" if len(shared) < 2', "t3-check"),  # FFA-LoRA sends B alone
+    ("set2", "t3-solution", '"private" if own else ', "", "t3-check"),
+    ("set2", "t4-solution", "rank / len(A) * B", "B", "t4-check"),
+    ("set2", "t4-solution", "rank / len(A) * B", "len(A) / rank * B", "t4-check"),
+    ("set2", "t4-solution", "share * R / len(A) * B", "share * B", "t4-check"),
+    ("set2", "t4-solution", "share * R / len(A) * B", "share * max(map(len, As)) / len(A) * B", "t4-check"),
+    ("set2", "t5-solution", "p.sqrt()", "p", "t5-check"),
+    ("set2", "t5-solution", "(e, key=e.get)", "(e, key=lambda factor: -e[factor])", "t5-check"),
+    ("set2", "t5-solution", "svdvals(stack).square()", "svdvals(stack)", "t5-check"),
+    ("set2", "t5-solution", '{"B": weighted.transpose(0, 1).flatten(1), "A": weighted.flatten(0, 1)}',
+     '{"A": weighted.transpose(0, 1).flatten(1), "B": weighted.flatten(0, 1)}', "t5-check"),
+    ("set2", "t6-solution", "torch.tensordot(p, value, 1)", "value.mean(0)", "t6-check"),
+    ("set2", "t6-solution", "if name in travels", "if name not in travels", "t6-check"),
+    ("set2", "t6-solution", "else value\n", "else value[:1].expand_as(value)\n", "t6-check"),  # the first site's
+    ("set2", "t6-solution", "steps(world, held,", "steps(world, {**start(world), **{k: v for k, v in held.items()"
+     " if k[-1] in sharing[k[:-2]]}},", "t6-check"),  # private factors are forgotten between rounds
+    ("set2", "t6-solution", 'world["p"], sharing)\n    return held',
+     'world["p"], {})\n    return server_turn(held, world["p"], sharing)', "t6-check"),  # one mean, at the end
+    ("set2", "t7-solution", '"A": (B0, A - A0)', '"A": (B, A - A0)', "t7-check"),
+    ("set2", "t7-solution", "return by[shared]", 'return by["B"]', "t7-check"),
+    ("set2", "t7-solution", "inner(first, second) ** 2", "inner(first, second).abs()", "t7-check"),
+    ("set2", "t7-solution", "(two[0].T @ one[0]) * (two[1] @ one[1].T)", "(one[0] @ one[1]) * (two[0] @ two[1])",
+     "t7-check"),  # m x n
+    ("set2", "t7-solution", "(up[:, None] * left[rows], right[:, columns] * along)", "(left[rows], right[:, columns])",
+     "t7-check"),  # no signs
+    ("set2", "t8-solution", "B0, A0, dA = B0.detach(), A0.detach(), dA.detach()", "pass", "t8-check"),
+    ("set2", "t8-solution", "if min(left, right) < 1e-16", "if False", "t8-check"),  # nan
+    ("set2", "t8-solution", "return 0.0 * B.sum()", "return torch.tensor(0.0)", "t8-check"),  # no gradient at all
+    ("set2", "t8-solution", "(left * right)", "((B0.T @ D).square().sum() * (dA @ A0.T).square().sum())", "t8-check"),
+    ("set2", "t8-solution", "(A - A0).detach()", "(A - A0)", "t8-check"),
 ]  # fmt: skip
 
 
@@ -66,7 +108,20 @@ SUBTLE = [
     ("set1", "t6-solution", "(v != 0)", "(v.abs() > 1e-8)", "t6-check"),
     ("set1", "t7-solution", "(1 - 1e-12)", "(1 + 1e-9)", "t7-check"),
     ("set1", "t8-solution", "kept = v != 0", "kept = (v != 0) | (v == 0).all()", "t8-check"),
-]
+    ("set2", "t1-solution", "state[name].double()", "state[name]", "t1-check"),  # single precision
+    ("set2", "t1-solution", ".to(first.dtype)", "", "t1-check"),
+    ("set2", "t2-lost-solution", "B - torch.tensordot(p, B, 1)", "B.sub_(torch.tensordot(p, B, 1))", "t2-lost-check"),
+    ("set2", "t2-error-solution", "((L.T @ L) * (N @ N.T)).sum()", "(N.T @ (L.T @ L) @ N).trace()", "t2-error-check"),
+    ("set2", "t3-solution", "own |= moved", "own = moved", "t3-check"),  # forgets in what sites differ already
+    ("set2", "t4-solution", "rank / len(A) * B", "rank // len(A) * B", "t4-check"),
+    ("set2", "t4-solution", "share * R / len(A)", "share * (R // len(A))", "t4-check"),
+    ("set2", "t5-solution", '("A" if n < m else "B") if tie else ', "", "t5-check"),
+    ("set2", "t5-solution", "min(e, key=e.get)", '"B" if region == "encoder" else "A"', "t5-check"),
+    ("set2", "t6-solution", "for factor in factors}", "for factor in factors[:1]}", "t6-check"),
+    ("set2", "t7-solution", "left[rows], right[:, columns]", "left, right", "t7-check"),  # signs alone
+    ("set2", "t8-solution", "min(left, right)", "right", "t8-check"),  # nan at B = B0
+    ("set2", "t8-solution", "< 1e-16", "< 1e-8", "t8-check"),  # asleep while the drift is small
+]  # fmt: skip
 
 
 def stored(version: str, name: str) -> Any:
