@@ -67,6 +67,11 @@ class Claim:
         return list(dict.fromkeys(f"{file}.jsonl" for _, file in self.parts(self.a) + self.parts(self.b)))
 
     @property
+    def part(self) -> str:
+        """The part of the book that it belongs to: its family of tests."""
+        return "adapting a segmenter" if self.shots else "many sites"
+
+    @property
     def measured(self) -> str:
         """What is compared, in words."""
         return f"{self.shots}-shot {self.metric}" if self.shots else f"{self.protocol} {self.metric}"
@@ -422,7 +427,7 @@ class Verdict:
 
     claim: Claim
     difference: Difference | None
-    p: float | None  # Holm-corrected over all claims that have results
+    p: float | None  # Holm-corrected over its part's claims that have results
     word: str  # supported, contradicted, not supported, inconclusive, not run
 
     def _repr_markdown_(self) -> str:
@@ -491,11 +496,14 @@ def judge(claim: Claim, d: Difference, p: float) -> str:
 
 
 def verdicts(claims: dict[str, Claim] | None = None) -> dict[str, Verdict]:
-    """All verdicts, p-values corrected together."""
+    """All verdicts. The p-values of one part of the book are corrected together, so that no later part moves them."""
     table = CLAIMS if claims is None else claims
     found = {key: _difference(claim) for key, claim in table.items()}
     tested = {key: d for key, d in found.items() if d is not None}
-    corrected = dict(zip(tested, holm([d.p_bootstrap for d in tested.values()]), strict=True))
+    corrected: dict[str, float] = {}
+    for part in {table[key].part for key in tested}:
+        own = [key for key in tested if table[key].part == part]
+        corrected |= zip(own, holm([tested[key].p_bootstrap for key in own]), strict=True)
     return {
         key: Verdict(claim, d, corrected[key], judge(claim, d, corrected[key]))
         if (d := found[key]) is not None

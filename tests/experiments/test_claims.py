@@ -71,6 +71,18 @@ def test_a_card_is_computed_from_stored_runs_and_corrected_for_all_claims(tmp_pa
     assert "**supported**" in card and "FedSA-LoRA − FedIT" in card and "8 seeds × 2 sites" in card
 
 
+def test_another_parts_claims_move_no_p_value(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_RESULTS", str(tmp_path))
+    rows = [result(m, s, 0.7 + 0.01 * (m == "fedsa") * (s % 3 - 0.5)) for s in range(8) for m in ("fedit", "fedsa")]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    alone = verdicts({"up": UP})["up"].p
+    monkeypatch.setattr(Claim, "part", property(lambda claim: claim.text))
+    apart = verdicts({"up": UP, "other": replace(UP, text="Another part.")})
+    assert apart["up"].p == apart["other"].p == alone
+    monkeypatch.setattr(Claim, "part", "one")
+    assert verdicts({"up": UP, "other": UP})["up"].p == pytest.approx(2 * alone)
+
+
 def test_an_arm_of_another_file_and_a_difference_of_differences(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLORA_RESULTS", str(tmp_path))
     for file, gain in (("cell_x", 0.3), ("cell_y", 0.1)):

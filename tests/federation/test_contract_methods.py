@@ -1,0 +1,78 @@
+"""Every row of the table: clients have no order, the unit of their weights means nothing, equal clients are one.
+
+With full batches, no mirrored images and plain SGD in float64, so that a client's training depends on its data alone.
+"""
+
+import pytest
+
+from fedlora_mini import state as S
+from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.data import Split
+from fedlora_mini.engines import LocalEngine
+from fedlora_mini.federation import METHODS, Budget, Server, federate
+from fedlora_mini.federation.exchange import is_model
+from fedlora_mini.models import build
+
+# Rows in which a client's number matters: FDLoRA's search and FedDG's draw of a style have random numbers by client,
+# and LC-Fed's network is told the number.
+NUMBERED = ("fdlora", "feddg", "lcfed")
+pytestmark = pytest.mark.slow
+ROUNDS = 3  # one more than it takes until messages have come and gone
+
+
+@pytest.fixture(scope="module")
+def splits(tiny):
+    """Three clients of 1, 2 and 4 images: three weights, and a batch of 8 holds all images equally often."""
+    return [
+        Split(site.train.images[:n].double(), site.train.masks[:n])
+        for site, n in zip(tiny.sites, (1, 2, 4), strict=True)
+    ]
+
+
+def federated(name, splits, classes=6):
+    """The server's model and every client's own tensors after some rounds; notes bear the clients' numbers."""
+    row, budget = METHODS[name], Budget(2, 8, 1e-2, "sgd", augment=False)
+    model = build("minisam", classes, d=16, depth=1, stem=4, width=4)
+    options = {"sites": len(splits)} if row.adapter == "lcfed" else {}
+    model = prepare(model, row.adapter, **options).double()
+    start = trainable(model)
+    engine = LocalEngine(model, row, keys(model, list(start)), splits, budget, 0, "sequential")
+    server = Server(start)
+    everyone = lambda round: engine.clients  # noqa: E731
+    list(federate(row, engine, server, engine.keys, ROUNDS, budget.steps, everyone, layers=engine.setting.layers))
+    return products(S.pick(server.state, is_model)), [member.own(member.memory) for member in engine.members]
+
+
+def products(state):
+    """B A for every pair: an SVD leaves the sign of a direction open."""
+    rest = S.pick(state, lambda name: name.rpartition(".")[2] not in ("A", "B"))
+    pairs = {name.removesuffix(".A") for name in state if name.endswith(".A") and f"{name[:-2]}.B" in state}
+    return rest | {path: state[f"{path}.B"] @ state[f"{path}.A"] for path in pairs}
+
+
+def near(one, other):
+    return set(one) == set(other) and S.norm(S.sub(one, other)) < 1e-9 * max(S.norm(one), 1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in NUMBERED])
+def test_the_order_of_the_clients_changes_nothing(splits, name):
+    order = [2, 0, 1]
+    state, own = federated(name, splits)
+    again, moved = federated(name, [splits[k] for k in order])
+    assert near(state, again)
+    assert all(near(own[k], mine) for k, mine in zip(order, moved, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "feddg"])  # it draws a style an image
+def test_twice_the_images_everywhere_is_the_same_federation(splits, name):
+    state, own = federated(name, splits)
+    again, doubled = federated(name, [Split.concat([split, split]) for split in splits])
+    assert near(state, again) and all(map(near, own, doubled))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in NUMBERED])
+def test_equal_clients_end_like_one_of_them_however_many(splits, name):
+    state, own = federated(name, splits[1:2] * 3)
+    again, others = federated(name, splits[1:2] * 4)
+    assert near(state, again)
+    assert all(near(own[0], mine) for mine in own + others)
