@@ -7,24 +7,31 @@ exact. methods.md section 2.2.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn.functional as F
 from torch import Tensor
 
-from fedlora_mini.adapters.base import Key
-from fedlora_mini.adapters.lora import kaiming_uniform
 from fedlora_mini.chance import seeded
 from fedlora_mini.errors import FedloraError, unknown
-from fedlora_mini.experiments.stats import Difference, paired_difference
-from fedlora_mini.federation import METHODS
+from fedlora_mini.experiments.stats import Difference
+from fedlora_mini.experiments.worlds import (
+    ARMS,
+    FLIP,
+    QUESTIONS,
+    REGIONS,
+    SHIFTS,
+    Question,
+    Table,
+    adapted,
+    answers,
+    scored,
+    train,
+)
 from fedlora_mini.state import State
-
-SHIFTS = {"none": (0, 0), "appearance": (1, 0), "supervision": (0, 1), "both": (1, 1)}  # of inputs, of outputs
-ARMS = ("iat", "anti_iat", "fedsa", "inverse_fedsa", "fedit", "local")  # rows of the table that differ in sharing
-REGIONS = ("encoder", "decoder")
 
 
 def rotations(theta: float, shape: tuple[int, ...], d: int, generator: torch.Generator) -> Tensor:
@@ -77,7 +84,7 @@ def optima(
 
 @dataclass(frozen=True)
 class Regime:
-    """y = W_dec W_enc x + noise, both layers d x d, `task` = ||ΔW*|| / ||W_0||; who rotates what is in `SHIFTS`."""
+    """y = W_dec W_enc x + noise, `task` = ||ΔW*|| / ||W_0|| in both layers; who rotates what is in `SHIFTS`."""
 
     shift: str = "both"
     theta: float = 2.0
@@ -85,41 +92,47 @@ class Regime:
     sites: int = 8
     samples: int = 16  # a site
     noise: float = 0.3
-    d: int = 16
+    d: int = 16  # width of y and between the layers
+    inputs: int | None = None  # width of x, d if None
     r: int = 2
     task: float = 0.5
 
     def __post_init__(self) -> None:
         if self.shift not in SHIFTS:
             raise unknown("shift", self.shift, SHIFTS)
-        if min(self.sites, self.samples, self.r) < 1 or self.r > self.d:
-            raise FedloraError(f"sites, samples and r must be at least 1 and r at most d, got {self}")
+        if min(self.sites, self.samples, self.r) < 1 or self.r > min(self.d, self.width):
+            raise FedloraError(f"sites, samples and r must be at least 1 and r at most d and inputs, got {self}")
+
+    @property
+    def width(self) -> int:
+        return self.d if self.inputs is None else self.inputs
 
 
 @dataclass(frozen=True)
 class Worlds:
-    """V federations of K sites: frozen layers (V, 1, d, d) each, every site's true map (V, K, d, d) and its data."""
+    """V federations of K sites with n inputs: both frozen layers, every site's true map and its data."""
 
-    frozen: dict[str, Tensor]
-    truth: Tensor
-    x: Tensor  # (V, K, N, d)
+    frozen: dict[str, Tensor]  # (V, 1, d, n) and (V, 1, d, d)
+    truth: Tensor  # (V, K, d, n)
+    x: Tensor  # (V, K, N, n)
     y: Tensor  # (V, K, N, d)
 
 
 def draw_worlds(regime: Regime, count: int, seed: int = 0) -> Worlds:
     """The same `seed` gives the same layers, rotations, inputs and noise for every shift, theta and rho."""
     g, (V, K, d) = seeded(f"rotation worlds:{seed}"), (count, regime.sites, regime.d)
+    widths = {"encoder": regime.width, "decoder": d}
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    frozen = {region: normal(V, d, d) / math.sqrt(d) for region in REGIONS}
-    tasks = {region: normal(V, d, regime.r) @ normal(V, regime.r, d) for region in REGIONS}
-    turns = dict(zip(REGIONS, [rotations(regime.theta, (V, K), d, g) for _ in REGIONS], strict=True))
-    x, noise = normal(V, K, regime.samples, d), regime.noise * normal(V, K, regime.samples, d)
+    frozen = {region: normal(V, d, n) / math.sqrt(n) for region, n in widths.items()}
+    tasks = {region: normal(V, d, regime.r) @ normal(V, regime.r, n) for region, n in widths.items()}
+    turns = [rotations(regime.theta, (V, K), n, g) for n in widths.values()]  # of x, of y
+    x, noise = normal(V, K, regime.samples, regime.width), regime.noise * normal(V, K, regime.samples, d)
     layers, still = {}, torch.eye(d, dtype=torch.float64).expand(V, K, d, d)
-    for region, on in zip(REGIONS, SHIFTS[regime.shift], strict=True):
-        turn = turns[region] if on else still
+    for region, drawn, on in zip(REGIONS, turns, SHIFTS[regime.shift], strict=True):
+        turn = drawn if on else torch.eye(drawn.shape[-1]).to(drawn).expand_as(drawn)
         R, T = (turn, still) if region == "encoder" else (still, turn)
         W0, task = frozen[region], tasks[region]
         size = regime.task * W0.norm(dim=(1, 2), keepdim=True) / task.norm(dim=(1, 2), keepdim=True)  # (V, 1, 1)
@@ -129,42 +142,24 @@ def draw_worlds(regime: Regime, count: int, seed: int = 0) -> Worlds:
     return Worlds({region: W[:, None].float() for region, W in frozen.items()}, truth.float(), x.float(), y.float())
 
 
+def composed(frozen: Mapping[str, Tensor], params: State) -> Tensor:
+    """(W_dec + B A)(W_enc + B A): (V, K, d, n)."""
+    encoder, decoder = adapted(frozen, params)
+    return decoder @ encoder
+
+
 def fit(worlds: Worlds, arm: str, r: int, rounds: int = 40, steps: int = 5, lr: float = 0.05, seed: int = 0) -> Tensor:
-    """Every site's map after training, (V, K, d, d): `rounds` times `steps` full-batch steps, then a mean over sites.
+    """Every site's map after training row `arm` of the method table, all worlds and sites at once: (V, K, d, n)."""
 
-    LoRA on both layers, all worlds and sites in one einsum; which factors are averaged is what row `arm` of the method
-    table shares. Adam starts anew each round, its rate falls by half a cosine over all steps.
-    """
-    if arm not in ARMS:
-        raise unknown("arm", arm, ARMS)
-    (V, K, _, d), g, total = worlds.x.shape, seeded(f"rotation start:{seed}"), rounds * steps
-    params: State = {}
-    for region in REGIONS:  # all sites start alike
-        params[f"{region}.A"] = kaiming_uniform((V, 1, r, d), g).expand(V, K, r, d).clone().requires_grad_()
-        params[f"{region}.B"] = torch.zeros(V, K, d, r, requires_grad=True)
-    keys = [Key(region, factor, region, "linear") for region in REGIONS for factor in ("A", "B")]
-    shared = [key.name for key in keys if METHODS[arm].shared(key)]
-    optimiser = torch.optim.Adam(params.values(), lr=lr)
+    def loss(params: State) -> Tensor:
+        y = worlds.x @ composed(worlds.frozen, params).mT  # (V, K, N, d)
+        return F.mse_loss(y, worlds.y, reduction="sum") / y[0, 0].numel()
 
-    def maps() -> Tensor:
-        enc, dec = (worlds.frozen[region] + params[f"{region}.B"] @ params[f"{region}.A"] for region in REGIONS)
-        return dec @ enc
-
-    for step in range(total):
-        optimiser.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
-        loss = (torch.einsum("vkni,vkoi->vkno", worlds.x, maps()) - worlds.y).square().mean((2, 3)).sum()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        if (step + 1) % steps == 0:
-            optimiser.state.clear()
-            with torch.no_grad():
-                for name in shared:
-                    params[name].copy_(params[name].mean(1, keepdim=True).expand_as(params[name]))
-    return maps().detach()
+    sites, start = worlds.x.shape[1], f"rotation start:{seed}"
+    return composed(worlds.frozen, train(worlds.frozen, sites, arm, r, loss, rounds, steps, lr, start))
 
 
-def relative_error(worlds: Worlds, maps: Tensor) -> NDArray[np.float64]:
+def relative_error(worlds: Worlds, maps: Tensor) -> Table:
     """E ||ŷ - y||² / E ||y_0 - y||² of every site, y_0 by the frozen layers, without noise: (V, K).
 
     Inputs are N(0, I), so the expectations are squared Frobenius norms of maps: no test data. 1 is no better than not
@@ -176,23 +171,29 @@ def relative_error(worlds: Worlds, maps: Tensor) -> NDArray[np.float64]:
 
 
 def errors(
-    regime: Regime, arms: tuple[str, ...] = ARMS, count: int = 16, rounds: int = 40, lr: float = 0.05, seed: int = 0
-) -> dict[str, NDArray[np.float64]]:
-    """arm -> `relative_error` on the same worlds from the same start: tables (worlds, sites) for `stats`."""
-    worlds = draw_worlds(regime, count, seed)
-    return {arm: relative_error(worlds, fit(worlds, arm, regime.r, rounds, lr=lr, seed=seed)) for arm in arms}
+    regime: Regime,
+    arms: tuple[str, ...] = ARMS,
+    count: int = 16,
+    rounds: int = 40,
+    lr: float | tuple[float, ...] = 0.05,
+    seed: int = 0,
+) -> dict[str, Table]:
+    """arm -> `relative_error` on the same worlds from the same start; of a grid `lr` each arm takes its best."""
+
+    def table(worlds: Worlds, arm: str, rate: float) -> Table:
+        return relative_error(worlds, fit(worlds, arm, regime.r, rounds, lr=rate, seed=seed))
+
+    return scored(lambda V, s: draw_worlds(regime, V, s), table, arms, count, lr, seed)
 
 
-def preferences(regime: Regime, **options: int | float) -> dict[str, Difference]:
+def compare(regime: Regime, questions: Mapping[str, Question] = QUESTIONS, **options: Any) -> dict[str, Difference]:
+    """By how much one arm's error is below another's, for every question; `options` are those of `errors`."""
+    return answers(questions, lambda shift, arms: errors(replace(regime, shift=shift), arms, **options))
+
+
+def preferences(regime: Regime, **options: Any) -> dict[str, Difference]:
     """Claim I1: by how much one B is better than one A under appearance, one A better than one B under supervision.
 
     `interaction` is their sum: positive where the preference for a factor changes with the shift. The same worlds.
     """
-    pair = ("fedsa", "inverse_fedsa")  # one A everywhere, one B everywhere
-    a, s = (errors(replace(regime, shift=shift), pair, **options) for shift in ("appearance", "supervision"))  # type: ignore[arg-type]
-    (a_A, a_B), (s_A, s_B) = (tuple(table[arm] for arm in pair) for table in (a, s))
-    return {
-        "appearance: B over A": paired_difference(a_A, a_B),
-        "supervision: A over B": paired_difference(s_B, s_A),
-        "interaction": paired_difference(a_A + s_B, a_B + s_A),
-    }
+    return compare(regime, FLIP, **options)

@@ -128,6 +128,19 @@ def test_rotated_inputs_leave_all_sites_in_common_columns():
     assert int(torch.linalg.matrix_rank(torch.cat(list(task)), rtol=1e-4)) > 4
 
 
+def test_inputs_may_be_fewer_than_features_and_the_wrong_factor_then_costs_less():
+    """One A of rank r for many uniformly turned sites catches r of n directions: 1 - 2/3 against 1 - 2/16."""
+    wide, same = draw_worlds(SMALL, 2), draw_worlds(replace(SMALL, inputs=16), 2)
+    assert torch.equal(wide.truth, same.truth) and torch.equal(wide.x, same.x)
+    for n, price in ((3, 1 / 3), (16, 7 / 8)):
+        world = draw_worlds(replace(SMALL, inputs=n), 1)
+        assert world.x.shape[-1] == n and world.truth.shape[-2:] == (16, n) and world.y.shape[-1] == 16
+        task = draw(16, 2) @ draw(2, n, seed=1)
+        turned = task @ rotations(3.0, (600,), n, torch.Generator().manual_seed(2)).mT
+        assert float(optimal_error(turned, 2, "A")) == pytest.approx(price, abs=0.04)
+        assert float(optimal_error(turned, 2, "B")) < 1e-20
+
+
 def one_by_one(world, v, shared, r, rounds, steps, lr, start):
     """World v by a loop over sites, every site with its own Adam."""
     K, d = world.x.shape[1], world.x.shape[3]
@@ -167,10 +180,10 @@ def one_by_one(world, v, shared, r, rounds, steps, lr, start):
     ],
 )
 def test_all_worlds_and_sites_at_once_train_as_one_by_one(arm, shared, monkeypatch):
-    from fedlora_mini.experiments import rotation
+    from fedlora_mini.experiments import worlds
 
-    starts, draw_start = [], rotation.kaiming_uniform
-    monkeypatch.setattr(rotation, "kaiming_uniform", lambda *a: starts.append(draw_start(*a)) or starts[-1])
+    starts, draw_start = [], worlds.kaiming_uniform
+    monkeypatch.setattr(worlds, "kaiming_uniform", lambda *a: starts.append(draw_start(*a)) or starts[-1])
     world = draw_worlds(replace(SMALL, sites=3), 2)
     maps = fit(world, arm, 2, rounds=3, steps=2)
     for v in range(2):
@@ -239,3 +252,5 @@ def test_unknown_names_are_refused():
         fit(draw_worlds(SMALL, 1), "pooled", 2)
     with pytest.raises(FedloraError, match="r at most d"):
         Regime(r=17)
+    with pytest.raises(FedloraError, match="r at most d and inputs"):
+        Regime(r=4, inputs=3)
