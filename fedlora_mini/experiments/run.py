@@ -147,6 +147,13 @@ class Federation:
             out["new site"] = new
         return out
 
+    def look(self) -> dict[str, Any]:
+        """Site -> what the row's work says of its client, under "work"; nothing if it has nothing to say."""
+        engine = self.engine
+        members = [engine.members[self.client_of(k)] for k in range(len(self.data.sites))]
+        found = [engine.method.work.look(engine.personal(m.number, self.server), m) for m in members]
+        return {"work": dict(zip((site.name for site in self.data.sites), found, strict=True))} if all(found) else {}
+
     def states(self) -> dict[str, State]:
         """The final bytes: the server's state and every client's private part."""
         own = {f"client {c}": S.pick(m, self.engine.private) for c, m in self.engine.memory.items()}
@@ -234,7 +241,7 @@ def _result(federation: Federation, records: list[dict[str, Any]], seconds: floa
     return {
         "event": "result",
         **{key: value for key, value in records[0].items() if key != "event"},
-        "scores": federation.evaluate("test"),
+        "scores": federation.evaluate("test") | federation.look(),
         "val_dice": mean_over_sites(federation.evaluate("val", hd95=False, protocols=("personal",))["personal"]),
         "private_in_common_model": "weighted mean",
         "trained": S.count(federation.server.state),

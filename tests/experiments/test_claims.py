@@ -50,7 +50,7 @@ def test_every_claim_names_methods_and_a_protocol_that_exist():
                 method, change = parse_arm(name)
                 assert METHODS[method].but(**change) and arm_of({"method": method, "change": change}) == name, key
                 assert f"{file}.jsonl" in claim.files, key
-            assert claim.protocol in ("personal", "global", "new site", "leakage"), key
+            assert claim.protocol in ("personal", "global", "new site", "leakage", "work"), key
         assert claim.text.endswith(".") and claim.matched and claim.results.endswith(".jsonl"), key
 
 
@@ -92,6 +92,11 @@ def test_an_arm_of_another_file_and_a_difference_of_differences(tmp_path, monkey
     found = verdicts({"interaction": claim})["interaction"]
     assert found.difference.mean == pytest.approx(0.2) and found.word == "supported"
     assert claim.title(claim.b) == "(FedSA-LoRA (y) − FedIT (y))" and claim.files == ["cell_x.jsonl", "cell_y.jsonl"]
+    alone = verdicts({"alone": replace(UP, a="fedsa", b="", results="cell_x.jsonl")})["alone"]
+    assert (
+        alone.difference.mean == pytest.approx(0.8085)
+        and "| expected | FedSA-LoRA, personal" in alone._repr_markdown_()
+    )
     (tmp_path / "cell_y.jsonl").unlink()
     assert verdicts({"interaction": claim})["interaction"].word == "not run"
 

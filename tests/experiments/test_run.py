@@ -14,6 +14,7 @@ import torch
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.report import table_of
 from fedlora_mini.experiments.run import Federation, run
 
 TINY = {"sites": "2", "size": 32, "rounds": 3, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
@@ -170,3 +171,11 @@ def test_a_config_that_does_not_fit_the_data_is_one_clear_error(changes, message
 def test_a_dirichlet_partition_sets_the_number_of_clients():
     federation = Federation.build(RunConfig(dirichlet=5.0, **TINY))
     assert [site.name for site in federation.data.sites] == ["client0", "client1"]
+
+
+def test_a_record_says_what_the_rows_work_found(tmp_path):
+    result = run(RunConfig(method="resfim", **TINY, change={"images": 2}), tmp_path)
+    assert result["scores"]["work"].keys() == result["scores"]["personal"].keys()
+    assert all(site.keys() == {"early", "beyond_floor"} for site in result["scores"]["work"].values())
+    assert table_of([result], "resfim:images=2", "work", "early").shape == (1, len(result["scores"]["work"]))
+    assert "work" not in run(RunConfig(method="fedit", **TINY), tmp_path / "other")["scores"]

@@ -275,6 +275,39 @@ def test_the_residual_is_the_mean_change_of_fisher_information_under_the_others_
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-12)
 
 
+def test_a_first_mask_stays_where_it_is_asked_to(tiny):
+    ever = {}
+    for once in (True, False):
+        watched, _, _ = run(resfim(once=once), parts(tiny), 4)
+        ever[once] = [[S.digest(kept(u)) for u in updates] for updates in watched.updates[1:]]
+    assert ever[True][0] == ever[True][1] == ever[True][2] == ever[False][0]
+    assert ever[False][0] != ever[False][1]
+
+
+def test_how_early_the_residual_sits_and_beyond_which_floor(tiny):
+    watched, server, _ = run(resfim(ratio=0.1), parts(tiny), 2)
+    model, member = watched.setting.model, watched.members[0]
+    end, split = watched.engine.personal(0, server), first(member.data)
+    amplitudes = [np.abs(np.fft.fft2(m.data.images.double().numpy())).mean(0) for m in watched.members]
+    own = squared(model, end, split)
+    moved = [squared(model, end, Split(in_style(split.images, a, 0.1), split.masks)) for a in amplitudes]
+    change = [{name: (each[name] - own[name]).abs() for name in own} for each in moved]
+
+    def early(change):
+        total = {where: [0.0, 0.0] for where in ("encoder", "decoder", "head")}
+        for name, value in change.items():
+            region = watched.setting.keys[name].region
+            total[region][0] += float(value.sum())
+            total[region][1] += float(own[name].sum())
+        (a, b), (c, d) = total["encoder"], total["decoder"]
+        return math.log(a / b / (c / d))
+
+    found = watched.setting.method.work.look(end, member)
+    mean = early({name: (change[1][name] + change[2][name]) / 2 for name in own})
+    assert found["early"] == pytest.approx(mean, abs=1e-3)
+    assert found["beyond_floor"] == pytest.approx(mean - early(change[0]), abs=2e-3)
+
+
 def test_where_all_images_have_one_style_there_is_no_residual(tiny):
     """And little where the clients have one mean style: F is taken on the images as they are."""
     plain = parts(tiny)

@@ -7,8 +7,9 @@ What is disclosed: every client's mean low-frequency amplitude, once, and which 
 no parameters: they have no Fisher information and are averaged whole.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +60,16 @@ def residual(work: "ResFIM", client: Member, end: State) -> State:
     return {n: v / (own[n] + 1e-8) for n, v in mean.items()} if work.relative else mean
 
 
+def earliness(change: State, F: State, region: Callable[[str], str]) -> float:
+    """log of (Σ |change| / Σ F in the encoder) / (the same in the decoder): above 0, the encoder changes more."""
+
+    def share(where: str) -> float:
+        names = [name for name in F if region(name) == where]
+        return sum(float(change[n].abs().sum()) for n in names) / sum(float(F[n].sum()) for n in names)
+
+    return math.log(share("encoder") / share("decoder"))
+
+
 def information(work: "ResFIM", client: Member, end: State) -> State:
     """Control: F_k itself."""
     return diagonal_fisher(client.setting.model, end, client.data, work.images)
@@ -107,7 +118,10 @@ def directions(scores: State, tau: float) -> State:
 
 @dataclass(frozen=True)
 class ResFIM(Work):
-    """score: a row of SCORES. level: "entry", or "direction" for LoRA. The first `warmup` rounds are FedAvg."""
+    """score: a row of SCORES. level: "entry", or "direction" for LoRA. The first `warmup` rounds are FedAvg.
+
+    once: the first mask stays for good, as the lottery's does; else each round draws its own.
+    """
 
     tau: float = 0.2
     score: str = "residual"
@@ -117,6 +131,7 @@ class ResFIM(Work):
     images: int = 64
     warmup: int = 1
     relative: bool = False
+    once: bool = False
 
     messages = (f"*{MASK}", STYLE)
     notes = (SENSITIVE, HOME)
@@ -138,6 +153,8 @@ class ResFIM(Work):
 
     def masks(self, client: Member, end: State) -> State:
         """True where sensitive, for every shared tensor that a gradient moves; empty where nothing is known yet."""
+        if self.once and (known := client.recall(SENSITIVE)):
+            return {name: mask.bool() for name, mask in known.items()}
         scores = SCORES[self.score](self, client, end)
         scores = S.pick(scores, lambda name: not client.setting.private(name) and not statistic(name))
         out = {name: sensitive(value, self.tau) for name, value in scores.items()}
@@ -155,3 +172,20 @@ class ResFIM(Work):
 
     def personal(self, state: State, client: Member) -> State:
         return self.blend(state, client)
+
+    def look(self, state: State, client: Member) -> dict[str, float]:
+        """How early the residual sits, and how much earlier than its floor, as `earliness` has it.
+
+        The floor is the change under the transfer to the client's own mean amplitude, which tells of no other site.
+        """
+        plain = replace(self, relative=False)
+        found = residual(plain, client, state)
+        if not found:
+            return {}
+        data = Split(client.data.images[: self.images], client.data.masks[: self.images])
+        F = diagonal_fisher(client.setting.model, state, data, self.images)
+        own = restyled(data, low_frequencies(client.data.images, self.ratio), self.ratio, self.mixing)
+        floor = S.sub(diagonal_fisher(client.setting.model, state, own, self.images), F)
+        keys = client.setting.keys
+        early, least = (earliness(change, F, lambda name: keys[name].region) for change in (found, floor))
+        return {"early": early, "beyond_floor": early - least}
