@@ -8,11 +8,11 @@ JOBS   ?= 2
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html results test quick nbval browser peers lint format notebooks assignments bench main-job evidence evidence-fewshot clean
+.PHONY: help setup book html results test quick nbval browser peers lint format notebooks assignments bench main-job evidence evidence-factorial evidence-fewshot clean
 
 help: ## list the targets
 	@echo "fedlora_mini: targets"
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{printf "%-24s %s\n", $$1, $$2}'
 
 setup: $(READY) ## create .venv and install everything the book and the tests need
 
@@ -94,6 +94,15 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	  --option per_site=250 --option val=60 --eval-every 0 --out runs/nuclei_domains
 	for name in phantom_appearance phantom_supervision nuclei_domains; do \
 	  cp runs/$$name/results.jsonl results/$$name.jsonl; done
+
+# The 2x2 of shifts: who should share what.
+SHARING := local pooled fedit fedsa inverse_fedsa iat_own_head anti_own_head iat iat_sor anti_iat encoder_local decoder_local dual
+evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about an hour on two cores)
+	for cell in appearance=1,supervision=0 appearance=1,supervision=1; do \
+	  $(BIN)/fedlora compare $(SHARING) $(LITE) --option n_unseen=3 $$(echo --option $$cell | sed 's/,/ --option /') \
+	    --out runs/factorial-$$cell; done
+	cp runs/factorial-appearance=1,supervision=0/results.jsonl results/factorial_appearance.jsonl
+	cp runs/factorial-appearance=1,supervision=1/results.jsonl results/factorial_both.jsonl
 
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1
