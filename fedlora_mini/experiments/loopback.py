@@ -134,6 +134,15 @@ class Loopback:
             )
         return self.processes[name]
 
+    def kill(self, client: int, round: int) -> None:
+        """End a client's node, and all that it started, without warning, once it works on that round."""
+        node, until = f"node{client}", monotonic() + self.timeout
+        while f"ROUND {round}]" not in self.log(node).read_text(encoding="utf-8"):
+            if monotonic() > until:
+                raise FedloraError(f"'{node}' has not begun round {round}; see {self.log(node)}")
+            sleep(0.05)
+        _end(self.processes[node], signal.SIGKILL)
+
     def records(self) -> Iterator[dict[str, Any]]:
         """The start, every round and the result, as they come. Raises if the run ends without a result."""
         seen = 0

@@ -24,6 +24,7 @@ from fedlora_mini.experiments.run import Federation
 from fedlora_mini.federation import federate
 from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.exchange import OWN
+from fedlora_mini.federation.loop import Engine, Round
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.sampling import participants
 from fedlora_mini.state import State
@@ -90,23 +91,29 @@ def serve(grid: "Grid", settings: Mapping[str, Any]) -> None:
         raise
 
 
-def lead(grid: "Grid", text: str, timeout: float, folder: Path) -> Iterator[dict[str, Any]]:
-    """Find the nodes, federate, collect the scores: one record at the start, one a round, one for the result."""
-    started = perf_counter()
-    federation = build(text)
+def rounds(federation: Federation, engine: Engine, asked: Mapping[int, list[int]]) -> Iterator[Round]:
+    """The rounds of a run whose clients are where `engine` finds them. asked: round -> clients, else as configured."""
     config, server, local = federation.config, federation.server, federation.engine
-    engine = FlowerEngine(grid, find(grid, local.clients, source_digest(), timeout), timeout, local.device)
 
     def error_of(before: State, after: State, updates: list[Any]) -> float | None:
         return aggregation_error(federation.model, before, after, updates, local.private)
 
     def choose(round: int) -> list[int]:
-        return participants(engine.clients, config.fraction, config.seed, round)
+        return asked.get(round) or participants(engine.clients, config.fraction, config.seed, round)
 
-    head = {"config": config.asdict(), "versions": versions(), "machine": machine(local.device)}
-    yield {"event": "start", **head}
     args = (local.method, engine, server, local.keys, config.rounds, config.steps, choose, error_of)
-    for each in federate(*args, layers=local.setting.layers):
+    return federate(*args, layers=local.setting.layers)
+
+
+def lead(grid: "Grid", text: str, timeout: float, folder: Path) -> Iterator[dict[str, Any]]:
+    """Find the nodes, federate, collect the scores: one record at the start, one a round, one for the result."""
+    started = perf_counter()
+    federation = build(text)
+    server, local = federation.server, federation.engine
+    engine = FlowerEngine(grid, find(grid, local.clients, source_digest(), timeout), timeout, local.device)
+    head = {"config": federation.config.asdict(), "versions": versions(), "machine": machine(local.device)}
+    yield {"event": "start", **head}
+    for each in rounds(federation, engine, {}):
         yield {"event": "round", **asdict(each)}
     save_file(
         {name: value.cpu().clone().contiguous() for name, value in server.state.items()}, folder / "final.safetensors"
