@@ -8,7 +8,7 @@ JOBS   ?= 2
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html results test quick nbval browser peers lint format notebooks assignments bench main-job evidence evidence-factorial evidence-fewshot clean
+.PHONY: help setup book html results test quick nbval browser peers lint format notebooks assignments bench main-job evidence evidence-factorial evidence-personal evidence-fewshot clean
 
 help: ## list the targets
 	@echo "fedlora_mini: targets"
@@ -95,14 +95,39 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	for name in phantom_appearance phantom_supervision nuclei_domains; do \
 	  cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
-# The 2x2 of shifts: who should share what.
+# The 2x2 of shifts: who should share what; then its cell "both" at equal bytes and from other bases.
 SHARING := local pooled fedit fedsa inverse_fedsa iat_own_head anti_own_head iat iat_sor anti_iat encoder_local decoder_local dual
-evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about an hour on two cores)
-	for cell in appearance=1,supervision=0 appearance=1,supervision=1; do \
-	  $(BIN)/fedlora compare $(SHARING) $(LITE) --option n_unseen=3 $$(echo --option $$cell | sed 's/,/ --option /') \
-	    --out runs/factorial-$$cell; done
-	cp runs/factorial-appearance=1,supervision=0/results.jsonl results/factorial_appearance.jsonl
-	cp runs/factorial-appearance=1,supervision=1/results.jsonl results/factorial_both.jsonl
+CELL = $(LITE) --option n_unseen=3 --option appearance=$(1) --option supervision=$(2)
+BOTH := $(call CELL,1,1)
+evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about three hours on one core)
+	$(BIN)/fedlora compare $(SHARING) $(call CELL,0,0) --out runs/factorial_none
+	$(BIN)/fedlora compare $(SHARING) $(call CELL,1,0) --out runs/factorial_appearance
+	$(BIN)/fedlora compare $(SHARING) $(call CELL,0,1) --out runs/factorial_supervision
+	$(BIN)/fedlora compare $(SHARING) $(BOTH) --out runs/factorial_both
+	for cell in none appearance supervision both; do \
+	  cp runs/factorial_$$cell/results.jsonl results/factorial_$$cell.jsonl; done
+	$(BIN)/fedlora compare fedit dual $(subst --rounds 8,--rounds 5,$(BOTH)) --out runs/bytes_5
+	$(BIN)/fedlora compare iat iat_own_head $(BOTH) --out runs/bytes_8
+	$(BIN)/fedlora compare fedsa $(subst --rounds 8,--rounds 9,$(BOTH)) --out runs/bytes_9
+	$(BIN)/fedlora compare inverse_fedsa $(subst --rounds 8,--rounds 13,$(BOTH)) --out runs/bytes_13
+	$(BIN)/fedlora compare anti_own_head $(subst --rounds 8,--rounds 16,$(BOTH)) --out runs/bytes_16
+	cd runs && cat bytes_5/results.jsonl bytes_8/results.jsonl bytes_9/results.jsonl bytes_13/results.jsonl \
+	  bytes_16/results.jsonl > ../results/factorial_bytes.jsonl
+	for seed in 1 2; do $(BIN)/fedlora pretrain --seed $$seed --out runs/base$$seed.safetensors; \
+	  $(BIN)/fedlora compare local fedit fedsa inverse_fedsa iat_own_head anti_own_head $(subst 0-7,0-5,$(BOTH)) \
+	    --base runs/base$$seed.safetensors --out runs/base_$$seed; done
+	cat runs/base_1/results.jsonl runs/base_2/results.jsonl > results/factorial_bases.jsonl
+
+SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=exact,lam=$(lam))
+RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
+PERSONAL := local fedit fedprox dual client_tailored fdlora fedalt hydra pfedlora pfedsam fedavg ditto:lam=0 ditto ditto:lam=1 \
+  ditto:lam=10 fedbn fedrep fedas lcfed fedproto fedproto:lam=0.1 moon iop iop:keep=0.9 harmofl harmofl:alpha=0 \
+  harmofl:ratio=0 feddg feddg:contrast=0,inner=0 fedmsa
+evidence-personal: $(READY) ## run again SOR, ResFIM and the personalised methods on phantoms (about four hours on one core)
+	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
+	$(BIN)/fedlora compare fedavg fedbn $(RESFIM) $(call CELL,1,0) --out runs/resfim_appearance
+	$(BIN)/fedlora compare $(PERSONAL) $(BOTH) --out runs/personal_both
+	for name in sor_both resfim_appearance personal_both; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1
