@@ -81,7 +81,8 @@ def _progress(title: str, rounds: int) -> Callable[[dict[str, Any]], None]:
         bar = bars[0]
         for line in record["refused"]:
             bar.write(f"round {record['round']}: refused {line}", file=sys.stderr)
-        shown["loss"] = f"{record['loss']:.3f}"
+        if record["loss"] is not None:
+            shown["loss"] = f"{record['loss']:.3f}"
         if "val_dice" in record:
             shown["Dice"] = f"{record['val_dice']:.3f}"
         bar.n = record["round"]

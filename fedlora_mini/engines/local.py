@@ -12,6 +12,7 @@ from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.aggregation.padded import truncate
 from fedlora_mini.federation.client import Budget, train
 from fedlora_mini.federation.exchange import Request, Server, Update, is_model
+from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.member import Member, Setting, on
 from fedlora_mini.federation.row import Method, Work
 from fedlora_mini.state import State
@@ -25,7 +26,7 @@ class LocalEngine:
 
     execution: "sequential", "grouped" (equal to it up to rounding), or "auto" = grouped where it can be and pays: on an
     accelerator, and on a CPU up to batches of SMALL, beyond which the loop is faster (benchmarks/README.md).
-    ranks: of clients that adapt with fewer directions than the model has.
+    ranks: of clients that adapt with fewer directions than the model has. guard: makes all gradients private.
     """
 
     def __init__(
@@ -39,10 +40,13 @@ class LocalEngine:
         execution: str = "auto",
         precision: str = "float32",
         ranks: Mapping[int, int] | None = None,
+        guard: Guarding | None = None,
     ) -> None:
         if execution not in EXECUTIONS:
             raise unknown("execution", execution, EXECUTIONS)
-        self.setting = Setting(model, method, keys, budget, seed, precision)
+        if guard is not None:
+            guard.check(method)
+        self.setting = Setting(model, method, keys, budget, seed, precision, guard)
         self.device = next(model.parameters()).device
         start = trainable(model)
         self.members = [Member(k, on(self.device, split), dict(start), self.setting) for k, split in enumerate(data)]
@@ -57,6 +61,7 @@ class LocalEngine:
         work = type(method.work)
         plain = work.round is Work.round and all(term.grouped for term in method.objective)
         plain = plain and not getattr(method.rule, "folds", False)  # frozen weights have no group axis
+        plain = plain and guard is None  # every client draws batches of its own sizes
         same = len({budget.of(len(member.data)).steps for member in self.members}) == 1 and not ranks
         if execution == "grouped" and not (plain and same):
             raise FedloraError(f"'{method.title}' lets clients work one after the other: use execution 'sequential'")

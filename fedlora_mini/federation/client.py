@@ -15,6 +15,7 @@ from fedlora_mini.adapters.features import embed, statistic
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.row import Method
 from fedlora_mini.losses import segmentation_loss
+from fedlora_mini.privacy.dpsgd import Guarded
 from fedlora_mini.regularizers import Context, Regularizer
 from fedlora_mini.regularizers.base import EMPTY
 from fedlora_mini.state import State
@@ -102,15 +103,17 @@ def train(
     precision: str = "float32",
     stop: Stop = lambda step, losses: False,
     kept: Sequence[Mapping[str, Tensor]] = (),
+    guard: Guarded | None = None,
 ) -> tuple[list[State], list[float]]:
     """K start states -> K end states and K mean losses.
 
     With K > 1 the states are stacked and every factor carries a group axis of K; the loss is the sum of the clients'
     mean losses, so that no client's gradient sees another's data. The optimiser starts anew each round. `kept`: every
-    client's notes, for the terms that read them.
+    client's notes, for the terms that read them. guard: what makes the one client's gradients private; then the loss is
+    not told, and batches may be empty.
     """
     K, grouped, terms = len(states), len(states) > 1, method.objective
-    if grouped and (alone := [term.label for term in terms if not term.grouped]):
+    if grouped and (alone := [term.label for term in terms if not term.grouped] + ["privacy"] * (guard is not None)):
         raise FedloraError(f"'{alone[0]}' needs clients one after the other: use execution 'sequential'")
     params = S.stack(states) if grouped else S.clone(states[0])
     layers, pace = dict(adapters(model)), PACES[budget.pace]
@@ -175,9 +178,13 @@ def train(
 
         contexts = [replace(c, x=x_k, y=y_k) for c, x_k, y_k in zip(contexts, x.chunk(K), y.chunk(K), strict=True)]
         contexts = contexts if grouped else [replace(c, again=again) for c in contexts]
-        value, losses = objective(x, y)
         optimiser.zero_grad(set_to_none=True)  # what has no gradient, the optimiser leaves alone
-        value.backward()
+        if guard is None:
+            value, losses = objective(x, y)
+            value.backward()
+        else:
+            losses = torch.full_like(total, math.nan)
+            _released(guard, model, params, contexts[0], terms, precision)
         if terms:
             _change_gradients(terms, params, contexts, grouped)
         optimiser.step()
@@ -194,6 +201,21 @@ def train(
     params = {name: value.detach() for name, value in params.items()}
     ends = [S.clone(view) for view in S.unstack(params)] if grouped else [params]
     return ends, (total / done).tolist()
+
+
+def _released(
+    guard: Guarded, model: nn.Module, params: State, context: Context, terms: Sequence[Regularizer], precision: str
+) -> None:
+    """Leave the private gradient in `params`, and beside it those of the terms, which read no image."""
+    value = sum((term.penalty(params, context) for term in terms), 0.0)
+    if isinstance(value, Tensor) and value.requires_grad:
+        value.backward()
+    fixed = {name: p.detach() for name, p in params.items()}
+    with autocast(context.x.device, precision):
+        gradient = guard.gradient(model, fixed, segmentation_loss, context.x, context.y, context.moves)
+    for name, g in gradient.items():
+        own = params[name].grad
+        params[name].grad = g if own is None else own + g
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The one loop: choose clients, send the news, train, screen, aggregate. All methods and engines go through it."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -43,7 +44,7 @@ class Round:
 
     round: int
     clients: list[int]
-    loss: float
+    loss: float | None  # None where it is not told, under privacy
     bytes_up: int
     bytes_down: int
     agg_err: float | None
@@ -136,7 +137,7 @@ def federate(
         yield Round(
             round=t,
             clients=sorted(requests),
-            loss=desk.loss / desk.weight,
+            loss=None if math.isnan(desk.loss) else desk.loss / desk.weight,
             bytes_up=desk.bytes,
             bytes_down=sum(wire_bytes(request.state) for request in requests.values()),
             agg_err=error,

@@ -13,8 +13,12 @@ from fedlora_mini.data.base import Split
 from fedlora_mini.federation.client import Batches, Budget, train
 from fedlora_mini.federation.exchange import Request, Update, is_model, is_note
 from fedlora_mini.federation.fold import fold, fresh, products_in
+from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.row import Method
 from fedlora_mini.federation.sampling import batch_indices, flips, generator
+from fedlora_mini.privacy.dpsgd import Guarded
+from fedlora_mini.privacy.ledger import Ledger
+from fedlora_mini.privacy.sampling import poisson
 from fedlora_mini.state import State
 
 
@@ -28,6 +32,7 @@ class Setting:
     budget: Budget
     seed: int = 0
     precision: str = "float32"
+    guard: Guarding | None = None  # makes private every gradient that a client follows
     layers: dict[str, Adapter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -40,12 +45,19 @@ class Setting:
 
 @dataclass
 class Member:
-    """`memory` holds its copy of every trained tensor and its notes; only `private` ones differ from the server's."""
+    """`memory` holds its copy of every trained tensor and its notes; only `private` ones differ from the server's.
+
+    ledger: what its gradients have cost its images, under privacy.
+    """
 
     number: int
     data: Split
     memory: State
     setting: Setting
+    ledger: Ledger | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ledger = None if self.setting.guard is None else self.setting.guard.ledger()
 
     @property
     def tensors(self) -> State:
@@ -78,12 +90,17 @@ class Member:
             self.memory = self.memory | fresh(self.memory, request.round, self.setting.layers)
 
     def batches(self, round: int, budget: Budget, purpose: str = "batches") -> Batches:
-        """Its images for one round: step -> (b, C, *S), (b, *S); drawn by (seed, round, client, purpose)."""
-        rng = generator(self.setting.seed, round, self.number, purpose)
-        index = batch_indices(len(self.data), budget.batch, budget.steps, rng)
+        """Its images for one round: step -> (b, C, *S), (b, *S); drawn by (seed, round, client, purpose).
+
+        Under privacy every step is a Poisson sample, of any size.
+        """
+        rng, guard, n = generator(self.setting.seed, round, self.number, purpose), self.setting.guard, len(self.data)
+        if guard is None:
+            index = batch_indices(n, budget.batch, budget.steps, rng)
 
         def draw(step: int) -> tuple[Tensor, Tensor]:
-            rows = index[step - 1].to(self.data.images.device)
+            rows = index[step - 1] if guard is None else poisson(n, guard.mechanism.q, rng)
+            rows = rows.to(self.data.images.device)
             x, y = self.data.images[rows], self.data.masks[rows]
             return flips(x, y, rng) if budget.augment else (x, y)
 
@@ -105,8 +122,17 @@ class Member:
         begin = self.tensors if start is None else start
         batches = self.batches(round, budget, purpose)
         args = (own.model, method, own.keys, [begin], batches, budget, round, own.precision)
-        [end], [loss] = train(*args, kept=[self.notes])
+        [end], [loss] = train(*args, kept=[self.notes], guard=self.guarded(round, budget, purpose))
         return end, loss
+
+    def guarded(self, round: int, budget: Budget, purpose: str) -> Guarded | None:
+        """Write the round's releases down, then hand out what makes them private. Raises BudgetSpent."""
+        guard = self.setting.guard
+        if guard is None or self.ledger is None:
+            return None
+        self.ledger.spend(guard.releases(budget.steps))
+        source = guard.source(generator(self.setting.seed, round, self.number, f"noise of {purpose}"))
+        return Guarded(guard.mechanism, len(self.data), source)
 
     def answer(self, request: Request) -> Update:
         """One round: receive, work, keep the private part, hand out what travels."""

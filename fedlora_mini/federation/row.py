@@ -29,6 +29,11 @@ class Work:
     messages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def free(self) -> bool:
+        """Whether it reads images in `fit` alone, so that private gradients make it private. A work says so itself."""
+        return type(self) is Work
+
     def round(self, client: "Member", round: int) -> tuple[State, float, State]:
         """The trained tensors, the mean loss and the messages."""
         end, loss = client.fit(round)

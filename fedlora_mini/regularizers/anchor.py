@@ -15,6 +15,7 @@ class Anchor(Regularizer):
 
     mu: float = 0.01
     target: State | None = None
+    free = True
 
     @property
     def label(self) -> str:  # type: ignore[override]

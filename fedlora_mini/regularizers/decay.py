@@ -31,6 +31,8 @@ class WeightDecay(Regularizer):
         if self.form not in FORMS:
             raise unknown("form of WeightDecay", self.form, FORMS)
 
+    free = True
+
     @property
     def label(self) -> str:  # type: ignore[override]
         return f"weight decay on {', '.join(self.on)}, mu {self.mu:g}"

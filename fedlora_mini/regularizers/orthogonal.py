@@ -24,6 +24,7 @@ class Orthogonality(Regularizer):
 
     gamma: float = 0.1
     squared: bool = False
+    free = True
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -56,6 +57,8 @@ class Diversity(Regularizer):
     def __post_init__(self) -> None:
         if self.blocks < 1:
             raise FedloraError(f"blocks must be at least 1, got {self.blocks}")
+
+    free = True
 
     @property
     def label(self) -> str:  # type: ignore[override]

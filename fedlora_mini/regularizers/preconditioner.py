@@ -32,6 +32,8 @@ class Riemannian(Regularizer):
         if self.eps <= 0:
             raise FedloraError(f"eps must be positive, got {self.eps}: B = 0 at the start has no inverse")
 
+    free = True
+
     @property
     def label(self) -> str:  # type: ignore[override]
         return f"Riemannian preconditioner, eps {self.eps:g}"

@@ -52,6 +52,8 @@ class NuclearNorm(Regularizer):
         if self.form not in FORMS:
             raise unknown("form of NuclearNorm", self.form, FORMS)
 
+    free = True
+
     @property
     def label(self) -> str:  # type: ignore[override]
         return f"nuclear norm ({self.form}), lambda {self.lam:g}"
@@ -104,6 +106,8 @@ class NuclearFrobenius(Regularizer):
             raise unknown("form of NuclearFrobenius", self.form, FORMS[:2])
         if self.alpha > 1:
             raise FedloraError(f"alpha must be at most 1, got {self.alpha}: beyond it the penalty is negative")
+
+    free = True
 
     @property
     def label(self) -> str:  # type: ignore[override]

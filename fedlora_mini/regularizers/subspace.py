@@ -103,6 +103,8 @@ class SOR(Regularizer):
         if not 0 <= self.beta < 1:
             raise FedloraError(f"beta must be in [0, 1), got {self.beta}")
 
+    free = True
+
     @property
     def label(self) -> str:  # type: ignore[override]
         return f"SOR {self.form}, lambda {self.lam:g}"

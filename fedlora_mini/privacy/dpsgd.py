@@ -1,0 +1,93 @@
+"""ĝ = (sum_{i in batch} c_i g_i + sigma C N(0, I)) / (q n): the gradient that a private client follows.
+
+Abadi et al. 2016. The batch is a Poisson sample of rate q, every image of it is clipped on its own over all tensors
+that move at this step, and the divisor is the expected batch, which does not tell how many came. methods.md card 1.1.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fedlora_mini import state as S
+from fedlora_mini.adapters.grouped import per_sample_gradients
+from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.privacy.accountant import Release
+from fedlora_mini.privacy.clip import CLIPS, clip_sum
+from fedlora_mini.privacy.noise import Source, add_noise
+from fedlora_mini.state import State
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits, y) -> one number per image."""
+
+
+@dataclass(frozen=True)
+class DPSGD:
+    """The numbers of the mechanism. sigma: noise multiplier; q: sampling rate; C: clipping norm, in units of gradients.
+
+    clipping: see `clip_sum`. micro: images whose gradients are held at once; it changes memory and last bits alone.
+    """
+
+    sigma: float
+    q: float
+    C: float = 1.0
+    clipping: str = "flat"
+    micro: int = 64
+
+    def __post_init__(self) -> None:
+        Release(self.sigma, self.q)  # raises for bad ones
+        if self.q == 0:
+            raise FedloraError("the sampling rate q must be positive: at 0 nobody is ever drawn")
+        if not self.C > 0:
+            raise FedloraError(f"the clipping norm C must be positive, got {self.C}")
+        if math.isinf(self.C) and self.sigma:
+            raise FedloraError("without clipping (C = inf) no noise is enough: give a finite C, or sigma = 0")
+        if self.clipping not in CLIPS:
+            raise unknown("way to clip", self.clipping, CLIPS)
+        if self.micro < 1:
+            raise FedloraError(f"micro must be at least 1, got {self.micro}")
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on the sum; 0 without noise, whatever C is."""
+        return self.sigma * self.C if self.sigma else 0.0
+
+    def gradient(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        loss: Loss,
+        x: Tensor,
+        y: Tensor,
+        n: int,
+        source: Source,
+        moves: Collection[str] | None = None,
+    ) -> State:
+        """ĝ for a batch drawn from n images. moves: the names that move at this step, else all of `state`.
+
+        The losses are not returned: nothing that was not noised leaves. Raises what `per_sample_gradients` raises.
+        """
+        total: State | None = None
+        for begin in range(0, max(len(x), 1), self.micro):
+            part = slice(begin, begin + self.micro)
+            gradients, _ = per_sample_gradients(model, state, loss, x[part], y[part], moves)
+            clipped = clip_sum(gradients, self.C, self.clipping)
+            total = clipped if total is None else S.add(total, clipped)
+        assert total is not None
+        return S.scale(add_noise(total, self.noise_std, source), 1 / (self.q * n))
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """One client's mechanism in one round: it has n images, and draws its noise from `source`."""
+
+    mechanism: DPSGD
+    n: int
+    source: Source
+
+    def gradient(
+        self, model: nn.Module, state: Mapping[str, Tensor], loss: Loss, x: Tensor, y: Tensor, moves: Collection[str]
+    ) -> State:
+        """ĝ of this step."""
+        return self.mechanism.gradient(model, state, loss, x, y, self.n, self.source, moves)

@@ -1,0 +1,129 @@
+"""Federations under a privacy budget: which rows may, what clients are given, and that a budget ends a run."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedlora_mini import state as S
+from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.adapters.registry import ADAPTERS
+from fedlora_mini.engines import LocalEngine
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.federation import METHODS, Budget, Request, Server, Work, federate
+from fedlora_mini.federation.guarding import Guarding
+from fedlora_mini.models import build
+from fedlora_mini.privacy import DPSGD, BudgetSpent, LowPass, Release, epsilon
+
+BUDGET = Budget(steps=3, batch=2, lr=1e-2, augment=False)
+PRIVATE = Guarding(DPSGD(1.0, 0.5, 1.0))
+
+
+def federation(name, data, guard=PRIVATE, budget=BUDGET, execution="auto", row=None, dtype=torch.float64):
+    row = METHODS[name] if row is None else row
+    model = prepare(build("minisam", len(data.classes), d=16, depth=1, stem=4, width=4), row.adapter).to(dtype)
+    start = trainable(model)
+    splits = [type(site.train)(site.train.images.to(dtype), site.train.masks) for site in data.sites]
+    engine = LocalEngine(model, row, keys(model, list(start)), splits, budget, 0, execution, guard=guard)
+    return engine, Server(start)
+
+
+def advance(engine, server, rounds=2):
+    row, layers = engine.method, engine.setting.layers
+    everyone = lambda round: engine.clients  # noqa: E731
+    return list(federate(row, engine, server, engine.keys, rounds, BUDGET.steps, everyone, layers=layers))
+
+
+FREE = [n for n, m in METHODS.items() if type(m.work) is Work and all(t.free for t in m.objective)]
+GROUPABLE = [n for n in FREE if ADAPTERS[METHODS[n].adapter].grouped]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_rows_that_tell_nothing_but_gradients_may_be_private(tiny, name):
+    if name in FREE:
+        federation(name, tiny)
+    else:
+        with pytest.raises(FedloraError, match=f"'{METHODS[name].title}'"):
+            federation(name, tiny)
+
+
+@pytest.mark.parametrize("name", GROUPABLE)
+def test_without_noise_clipping_and_sampling_it_is_the_plain_run_on_all_images(tiny, name):
+    """In float64, with SGD: batches hold the same images in another order."""
+    whole = Budget(steps=3, batch=len(tiny.sites[0].train), lr=1e-2, optimiser="sgd", augment=False)
+    ends = []
+    for guard in (None, Guarding(DPSGD(0.0, 1.0, math.inf))):
+        if METHODS[name].pooled:
+            pytest.skip("its one client has three sites' images: another batch")
+        engine, server = federation(name, tiny, guard, whole, "sequential")
+        advance(engine, server)
+        ends.append([server.state, *(engine.memory[k] for k in engine.clients)])
+    for a, b in zip(*ends, strict=True):
+        assert S.norm(S.sub(a, b)) <= 1e-9 * S.norm(a)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_secure_noise_does_not(tiny):
+    digests = []
+    for secure in (False, False, True):
+        engine, server = federation("fedit", tiny, Guarding(DPSGD(1.0, 0.5), secure=secure))
+        advance(engine, server)
+        digests.append(S.digest(server.state))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_noise_differs_between_clients_rounds_and_steps(tiny):
+    """With no image drawn and SGD, a step is the noise."""
+    budget = Budget(steps=2, batch=2, lr=1.0, optimiser="sgd", augment=False)
+    engine, server = federation("fedit", tiny, Guarding(DPSGD(1.0, 1e-9, 1e-9)), budget)
+    ends = [member.fit(round, steps=steps)[0] for member in engine.members for round in (1, 2) for steps in (1, 2)]
+    moved = [torch.cat([v.flatten() for v in S.sub(end, server.state).values()]) for end in ends]
+    second = [two - one for one, two in zip(moved[::2], moved[1::2], strict=True)]
+    draws = torch.stack([*moved[::2], *second])
+    assert torch.corrcoef(draws).sub(torch.eye(len(draws))).abs().max() < 0.2
+
+
+def test_losses_are_not_told(tiny):
+    engine, server = federation("fedit", tiny)
+    assert [r.loss for r in advance(engine, server)] == [None, None]
+
+
+def test_every_fit_is_written_down_before_it_happens(tiny):
+    engine, server = federation("ffa", tiny)
+    advance(engine, server, rounds=4)
+    for member in engine.members:
+        assert member.ledger.releases == [Release(1.0, 0.5, 12)]
+        assert member.ledger.spent() == epsilon([Release(1.0, 0.5, 12)], 1e-5)
+
+
+def test_a_client_stops_before_it_exceeds_its_budget_and_stays_as_it_was(tiny):
+    enough = epsilon([Release(1.0, 0.5, 6)], 1e-5)  # for two rounds of three steps
+    engine, server = federation("iat", tiny, Guarding(DPSGD(1.0, 0.5), enough))
+    advance(engine, server, rounds=2)
+    member = engine.members[1]
+    before = S.digest(member.memory)
+    with pytest.raises(BudgetSpent, match="3 more release"):
+        member.answer(Request(3, {}))
+    assert S.digest(member.memory) == before and member.ledger.releases == [Release(1.0, 0.5, 6)]
+
+
+def test_filters_change_the_released_gradient_and_nothing_else(tiny):
+    plain, filtered = (
+        federation("fedit", tiny, row=replace(METHODS["fedit"], objective=terms)) for terms in ((), (LowPass(),))
+    )
+    a, b = (engine.members[0].fit(1, steps=1)[0] for engine, _ in (plain, filtered))
+    head = [name for name in a if name.startswith("head")]
+    assert head and all(torch.equal(a[name], b[name]) for name in head)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_clients_cannot_be_guarded_in_one_pass(tiny):
+    assert not federation("fedit", tiny, execution="auto")[0].grouped
+    with pytest.raises(FedloraError, match="sequential"):
+        federation("fedit", tiny, execution="grouped")
+
+
+def test_a_models_own_weights_have_no_per_sample_gradients(tiny):
+    engine, server = federation("fedavg", tiny)
+    with pytest.raises(FedloraError, match="no adapter's factor"):
+        advance(engine, server)
