@@ -59,11 +59,14 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "data sites unseen size dirichlet clients model base rank alpha rounds steps batch lr optimiser weight_decay"
     )
-    names += " fraction execution device precision threads eval_every passes"
+    names += (
+        " fraction execution device precision threads eval_every passes epsilon sigma delta accountant clip clipping"
+    )
     given = {name: getattr(args, name) for name in names.split() if getattr(args, name, None) is not None}
     if args.ranks:
         given["ranks"] = [int(rank) for rank in args.ranks.split(",")]
     given |= {"data_options": _options(args.option), "change": _options(args.change), "leakage": args.leakage}
+    given["secure"] = args.secure
     return given | {"augment": not args.no_augment}
 
 
@@ -324,6 +327,13 @@ def _add_run_settings(parser: argparse.ArgumentParser) -> None:
     add("--precision", help="auto, float32 or bf16 [auto: bf16 on CUDA]")
     add("--change", action="append", default=[], metavar="NAME=VALUE", help="another number in the method's row")
     add("--leakage", action="store_true", help="measure in every round what shared factors tell of the sites")
+    add("--epsilon", type=float, help="privacy of every image: no client's releases exceed it [no privacy]")
+    add("--sigma", type=float, help="noise multiplier [with --epsilon: the least that the accountant allows]")
+    add("--delta", type=float, help="of the privacy budget [1e-5]")
+    add("--accountant", help="pld (tight), rdp, gdp or zcdp [pld]")
+    add("--clip", type=float, metavar="C", help="largest norm of one image's gradient [1]")
+    add("--clipping", help="flat, per-layer or normalised [flat]")
+    add("--secure", action="store_true", help="noise from the operating system: a run cannot be repeated")
     add("--threads", type=int, help="CPU threads [torch's choice]")
     add("--eval-every", type=int, default=2, metavar="N", help="validation Dice every N rounds, 0 = never [2]")
     add("--out", metavar="FOLDER", help="where to write [runs/…]")

@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.exchange import Request, Update
 from fedlora_mini.federation.member import Member
+from fedlora_mini.privacy import Ledger
 from fedlora_mini.state import State
 
 if TYPE_CHECKING:
@@ -124,9 +125,11 @@ def client_app(site: Callable[[str, int], Site], code: str) -> "ClientApp":
     def here(message: "Message", context: "Context") -> Site:
         """The site as it stood after its last answer."""
         own = site(context.run_config["config"], context.node_config[CLIENT])
-        kept = context.state.get(NOTES, {}).get("round", 0)
+        notes = context.state.get(NOTES, {})
+        kept = notes.get("round", 0)
         if kept:
             own.member.memory = unpack(context.state, own.member.data.images.device)
+            own.member.ledger = Ledger.fromdict(json.loads(notes["ledger"])) if own.member.ledger else None
         if kept < (heard := message.content[NOTES]["heard"]):
             raise FedloraError(f"client {own.member.number} lost its memory: it is of round {kept}, not {heard}")
         return own
@@ -143,7 +146,7 @@ def client_app(site: Callable[[str, int], Site], code: str) -> "ClientApp":
         member = here(message, context).member
         round = message.content[NOTES]["round"]
         update = member.answer(Request(round, unpack(message.content, member.data.images.device)))
-        context.state = pack(member.memory, round=round)
+        context.state = pack(member.memory, round=round, ledger=json.dumps(member.ledger and member.ledger.asdict()))
         content = pack(update.state, weight=update.weight, loss=update.loss, steps=update.steps)
         return Message(content, reply_to=message)
 

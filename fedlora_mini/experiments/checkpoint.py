@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.federation import Server
+from fedlora_mini.privacy import Ledger
 from fedlora_mini.state import State
 
 
@@ -33,6 +34,7 @@ def save_checkpoint(path: Path, server: Server, engine: LocalEngine, records: li
         "seen": {str(client): round for client, round in server.seen.items()},
         "ranks": {str(client): rank for client, rank in server.ranks.items()},
         "records": records,
+        "ledgers": {str(m.number): m.ledger.asdict() for m in engine.members if m.ledger is not None},
     }
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata={"notes": json.dumps(notes)})
@@ -52,4 +54,6 @@ def load_checkpoint(path: Path, server: Server, engine: LocalEngine) -> list[dic
     server.products = parts.get("products", {})
     for member in engine.members:
         member.memory = parts[f"client {member.number}"]
+        if member.ledger is not None:
+            member.ledger = Ledger.fromdict(notes["ledgers"][str(member.number)])
     return notes["records"]

@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedlora_mini.adapters.registry import ADAPTERS
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.client import Budget
+from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.methods import method
 from fedlora_mini.federation.row import Method
+from fedlora_mini.privacy import DPSGD, calibrate
 
 DEVICES = ("auto", "cpu", "cuda")  # no mps: means and digests are taken in float64, which it lacks
 PRECISIONS = ("auto", "float32", "bf16")
@@ -48,6 +51,13 @@ class RunConfig:
     threads: int | None = None  # None = torch's choice, written down in the result
     eval_every: int = 0  # 0 = only at the end
     leakage: bool = False  # measure in every round what shared factors tell of the sites
+    epsilon: float | None = None  # what no client's releases may exceed, for any one image; None = no such budget
+    sigma: float | None = None  # noise multiplier; None = with epsilon: the least that the accountant allows
+    delta: float = 1e-5
+    accountant: str = "pld"
+    clip: float = 1.0  # C, the largest norm of one image's gradient
+    clipping: str = "flat"
+    secure: bool = False  # noise from the operating system, which no seed repeats
     change: dict[str, Any] = field(default_factory=dict)  # other numbers in the row, such as {"lam": 0.1}
 
     def __post_init__(self) -> None:
@@ -64,6 +74,8 @@ class RunConfig:
             raise FedloraError("clients needs dirichlet: without it every site is one client")
         self.budget  # noqa: B018  raises for a bad one
         self.ranks_of(1, self.row)
+        if self.private:
+            self._guarding(self.sigma or 1.0, 1.0)
 
     @property
     def row(self) -> Method:
@@ -77,6 +89,30 @@ class RunConfig:
         if self.ranks and not all(1 <= rank <= self.rank for rank in self.ranks):
             raise FedloraError(f"ranks are numbers from 1 to rank = {self.rank}, got {list(self.ranks)}")
         return {k: self.ranks[k % len(self.ranks)] for k in range(clients)} if self.ranks else {}
+
+    @property
+    def private(self) -> bool:
+        """Whether every client's gradients are clipped and noised."""
+        return self.epsilon is not None or self.sigma is not None
+
+    def guard(self, q: float, steps: int) -> Guarding | None:
+        """Privacy at sampling rate q for a client that takes so many steps in all; None if nothing was asked for."""
+        if not self.private:
+            return None
+        if self.sigma is not None:
+            return self._guarding(self.sigma, q)
+        assert self.epsilon is not None
+        return self._guarding(calibrate(self.epsilon, self.delta, q, steps, self.accountant), q)
+
+    def _guarding(self, sigma: float, q: float) -> Guarding:
+        budget = math.inf if self.epsilon is None else self.epsilon
+        mechanism = DPSGD(sigma, q, self.clip, self.clipping)
+        guard = Guarding(mechanism, budget, self.delta, self.accountant, self.secure)
+        guard.ledger()  # raises for a bad budget, delta or accountant
+        guard.check(self.row)
+        if self.passes is not None:
+            raise FedloraError("a privacy budget is planned in steps: leave out 'passes'")
+        return guard
 
     @property
     def budget(self) -> Budget:

@@ -1,7 +1,7 @@
 """One run: build, federate, evaluate under three protocols; its folder can be resumed from and reported."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +23,7 @@ from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.federation import Server, federate, repartition
 from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.exchange import is_model
+from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.sampling import participants
 from fedlora_mini.metrics import evaluate, swap_drop
 from fedlora_mini.models import load_base
@@ -50,6 +51,19 @@ def dataset_of(config: RunConfig) -> Dataset:
     return repartition(data, config.clients or len(data.sites), config.dirichlet, config.seed)
 
 
+def guard_of(config: RunConfig, images: Sequence[int]) -> Guarding | None:
+    """Privacy of a run over clients with so many images. All draw at one rate; their mean batch is the config's.
+
+    The noise is calibrated to the client that takes part most often, which is known beforehand: participants are drawn
+    by the seed, whatever the data.
+    """
+    clients = list(range(len(images)))
+    rounds = range(1, config.rounds + 1)
+    asked = [client for t in rounds for client in participants(clients, config.fraction, config.seed, t)]
+    most = max(asked.count(client) for client in clients)
+    return config.guard(min(1.0, config.batch * len(images) / sum(images)), most * config.steps)
+
+
 @dataclass
 class Federation:
     """Everything a run needs in memory: what `fedlora run` uses, and a notebook can hold in its hands."""
@@ -61,6 +75,7 @@ class Federation:
     engine: LocalEngine
     watch: Watch | None = None
     leakage: dict[str, Any] = field(default_factory=dict)  # of the last round
+    stopped: str = ""  # why the run ended before its last round
 
     @classmethod
     def build(cls, config: RunConfig, data: Dataset | None = None) -> "Federation":
@@ -77,22 +92,24 @@ class Federation:
         table = keys(model, list(start))
         train = [site.train for site in data.sites]
         ranks = config.ranks_of(len(train), row)
+        train = [Split.concat(train)] if row.pooled else train
         engine = LocalEngine(
             model,
             row,
             table,
-            [Split.concat(train)] if row.pooled else train,
+            train,
             config.budget,
             config.seed,
             config.execution,
             ("bf16" if device.type == "cuda" else "float32") if config.precision == "auto" else config.precision,
             ranks,
+            guard_of(config, [len(split) for split in train]),
         )
         server = Server(start, ranks=dict(ranks))
         return cls(config, data, model, server, engine, Watch(engine, server) if config.leakage else None)
 
     def rounds(self) -> Any:
-        """Run the rounds that are left; yields one `Round` each."""
+        """Run the rounds that are left, up to one that a privacy budget does not allow; yields one `Round` each."""
         row, config = self.engine.method, self.config
 
         def error_of(before: State, after: State, updates: list[Any]) -> float | None:
@@ -107,7 +124,35 @@ class Federation:
             return chosen
 
         args = (row, self.engine, self.server, self.engine.keys, config.rounds, config.steps, choose, error_of)
-        return federate(*args, layers=self.engine.setting.layers)
+        loop = federate(*args, layers=self.engine.setting.layers)
+        while self._affordable(self.server.round + 1) and (each := next(loop, None)) is not None:
+            yield each
+
+    def _affordable(self, round: int) -> bool:
+        """Whether the round's participants may all release what it takes; if not, `stopped` says who may not."""
+        guard, config = self.engine.setting.guard, self.config
+        if guard is None or round > config.rounds:
+            return True
+        for client in participants(self.engine.clients, config.fraction, config.seed, round):
+            ledger = self.engine.members[client].ledger
+            assert ledger is not None
+            if (total := ledger.spent([guard.releases(config.steps)])) > guard.budget:
+                self.stopped = f"round {round} would spend epsilon {total:.4g} of {guard.budget:g} at client {client}"
+                return False
+        return True
+
+    def spent(self) -> dict[str, Any]:
+        """What the run has cost under privacy, with every number that the figure depends on; nothing without."""
+        guard = self.engine.setting.guard
+        if guard is None:
+            return {}
+        ledgers = [member.ledger for member in self.engine.members if member.ledger is not None]
+        own = guard.mechanism
+        numbers = {"sigma": own.sigma, "q": own.q, "clip": own.C, "clipping": own.clipping, "secure": guard.secure}
+        promise = {"delta": guard.delta, "accountant": guard.accountant, "unit": "one image more or less at one client"}
+        releases = [sum(release.times for release in ledger.releases) for ledger in ledgers]
+        cost = {"releases": releases, "epsilon": max(ledger.spent() for ledger in ledgers), "stopped": self.stopped}
+        return {"privacy": numbers | promise | cost}
 
     def client_of(self, site: int) -> int:
         return 0 if self.engine.method.pooled else site
@@ -253,6 +298,7 @@ def _result(federation: Federation, records: list[dict[str, Any]], seconds: floa
         "loss": [r["loss"] for r in rounds],
         "refused": [line for r in rounds for line in r["refused"]],
         **_leakage(federation, rounds),
+        **federation.spent(),
         "round_seconds": [r["seconds"] for r in rounds],
         "seconds": seconds,
         "final_sha256": S.digest(list(federation.states().values())),

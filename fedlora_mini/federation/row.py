@@ -11,6 +11,7 @@ from fedlora_mini.federation.aggregation.mean import mean
 from fedlora_mini.federation.exchange import Rule
 from fedlora_mini.federation.schedule import Schedule, together
 from fedlora_mini.federation.sharing import Sharing
+from fedlora_mini.privacy.filters import FILTERS
 from fedlora_mini.regularizers import Regularizer
 from fedlora_mini.state import State
 
@@ -76,7 +77,12 @@ class Method:
         return x
 
     def but(self, **changes: Any) -> "Method":
-        """The row with other numbers in its rule, objective and work: `but(lam=0.1)`. Raises if no part has it."""
+        """The row with other numbers in its rule, objective and work: `but(lam=0.1)`. Raises if no part has it.
+
+        Every row takes `filter`, a name of `privacy.filters.FILTERS`: it replaces the row's own filters.
+        """
+        if "filter" in changes:
+            return self._filtered(changes.pop("filter")).but(**changes)
         parts: list[Any] = [self.rule, *self.objective, self.work]
         for name, value in changes.items():
             having = [is_dataclass(part) and name in {f.name for f in fields(part)} for part in parts]
@@ -85,3 +91,10 @@ class Method:
                 raise unknown(f"setting of '{self.title}'", name, known)
             parts = [replace(p, **{name: value}) if has else p for p, has in zip(parts, having, strict=True)]
         return replace(self, rule=parts[0], objective=tuple(parts[1:-1]), work=parts[-1])
+
+    def _filtered(self, name: str) -> "Method":
+        if name not in FILTERS:
+            raise unknown("filter", name, FILTERS)
+        kinds = tuple({type(term) for terms in FILTERS.values() for term in terms})
+        others = tuple(term for term in self.objective if not isinstance(term, kinds))
+        return replace(self, objective=others + FILTERS[name])

@@ -144,3 +144,14 @@ class Rescale(Regularizer):
 
     def gradient_(self, gradient: State, state: State, context: Context) -> None:
         along_features(gradient, context, lambda name, g, axis: self.factor * g)
+
+
+FILTERS: dict[str, tuple[Regularizer, ...]] = {
+    "none": (),
+    "low-pass": (LowPass(),),
+    "permuted": (LowPass(permuted=True),),
+    "rescaled": (Rescale(),),
+    "laplacian": (Laplacian(),),
+    "doppler": (Doppler(),),
+}
+"""What `but(filter=…)` puts in the place of a row's own filters."""

@@ -56,12 +56,10 @@ class Secure:
 
 
 def add_noise(state: Mapping[str, Tensor], std: float, source: Source) -> State:
-    """state + std N(0, I), tensor by tensor in the order of names' appearance. std = 0 leaves the bits alone."""
+    """state + std N(0, I), drawn in the alphabetical order of names, whatever the state's. std = 0 keeps the bits."""
     if not std >= 0 or math.isinf(std):
         raise FedloraError(f"the noise's standard deviation must be finite and at least 0, got {std}")
     if std == 0:
         return dict(state)
-    return {
-        name: value + std * source.normal(tuple(value.shape), value.dtype).to(value.device)
-        for name, value in state.items()
-    }
+    noise = {name: source.normal(tuple(state[name].shape), state[name].dtype) for name in sorted(state)}
+    return {name: value + std * noise[name].to(value.device) for name, value in state.items()}

@@ -27,6 +27,12 @@ def test_the_seeded_one_repeats_and_the_secure_one_does_not():
     assert S.digest(add_noise(zero, 2.0, Secure())) != S.digest(add_noise(zero, 2.0, Secure()))
 
 
+def test_it_does_not_depend_on_the_order_of_names():
+    state = {"b": torch.zeros(4), "a": torch.zeros(3)}
+    one, other = (add_noise(s, 1.0, Seeded(generator(1))) for s in (state, {"a": state["a"], "b": state["b"]}))
+    assert list(one) == ["b", "a"] and S.digest(one) == S.digest(other)
+
+
 def test_it_has_the_standard_deviation_and_is_added():
     start = {"a": torch.full((50_000,), 7.0)}
     x = add_noise(start, 3.0, Seeded(generator(0)))["a"]

@@ -1,0 +1,96 @@
+"""`fedlora run --epsilon …`: the figure in the record, the run that stops, the ledger that survives a kill."""
+
+import json
+
+import pytest
+
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments import run as runs
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.run import Federation, guard_of, run
+from fedlora_mini.privacy import Release, epsilon
+
+TINY = {"size": 32, "sites": "3", "rounds": 3, "steps": 2, "batch": 2, "threads": 1}
+TINY |= {"data_options": {"per_site": 6, "val": 1, "test": 2, "n_unseen": 1}, "accountant": "rdp"}
+
+
+def config(**changes):
+    return RunConfig(**TINY | {"method": "fedit", "epsilon": 3.0} | changes)
+
+
+def test_the_record_says_what_the_figure_depends_on(tmp_path):
+    told = run(config(), tmp_path)["privacy"]
+    assert told["q"] == pytest.approx(2 / 6) and told["releases"] == [6, 6, 6] and told["stopped"] == ""
+    assert 2.9 < told["epsilon"] <= 3.0
+    assert told["epsilon"] == epsilon([Release(told["sigma"], told["q"], 6)], told["delta"], told["accountant"])
+    assert json.loads((tmp_path / "result.json").read_text())["loss"] == [None] * 3
+
+
+def test_without_being_asked_nothing_is_private_and_nothing_is_said(tmp_path):
+    assert "privacy" not in run(config(epsilon=None), tmp_path)
+
+
+def test_a_run_stops_before_the_round_that_its_budget_does_not_allow(tmp_path):
+    two = epsilon([Release(1.0, 2 / 6, 4)], 1e-5, "rdp")
+    result = run(config(sigma=1.0, epsilon=1.001 * two), tmp_path)
+    assert len(result["loss"]) == 2 and result["privacy"]["releases"] == [4, 4, 4]
+    assert result["privacy"]["stopped"].startswith("round 3 would spend")
+    assert result["privacy"]["epsilon"] == two
+
+
+def test_a_killed_run_goes_on_with_the_ledger_that_it_had(tmp_path, monkeypatch):
+    whole = run(config(), tmp_path / "whole")
+    save, saved = runs.save_checkpoint, []
+
+    def kill(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save_checkpoint", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(), tmp_path / "killed")
+    monkeypatch.setattr(runs, "save_checkpoint", save)
+    again = run(config(), tmp_path / "killed")
+    assert again["final_sha256"] == whole["final_sha256"] and again["privacy"] == whole["privacy"]
+
+
+def test_noise_is_planned_for_the_client_that_takes_part_most_often():
+    some = config(fraction=0.4, rounds=10)
+    asked = [k for t in range(1, 11) for k in runs.participants([0, 1, 2], 0.4, 0, t)]
+    most = max(map(asked.count, range(3)))
+    assert most < 10
+    guard = guard_of(some, [6, 6, 6])
+    assert 2.9 < epsilon([Release(guard.mechanism.sigma, guard.mechanism.q, 2 * most)], 1e-5, "rdp") <= 3.0
+
+
+def test_all_clients_draw_at_one_rate_and_the_largest_rate_is_one():
+    assert guard_of(config(batch=4), [4, 12, 8]).mechanism.q == pytest.approx(0.5)
+    assert guard_of(config(batch=64), [4, 12, 8]).mechanism.q == 1.0
+
+
+def test_every_row_takes_a_filter():
+    federation = Federation.build(config(change={"filter": "low-pass", "taps": 3}))
+    [term] = federation.engine.method.objective
+    assert (term.label, term.taps) == ("low-pass filter", 3)
+    assert config(change={"filter": "none"}).row.objective == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epsilon": -1.0}, "epsilon must be positive"),
+        ({"sigma": -1.0}, "sigma"),
+        ({"delta": 2.0}, "delta"),
+        ({"accountant": "moments"}, "unknown accountant 'moments'"),
+        ({"clip": 0.0}, "C must be positive"),
+        ({"clipping": "flatt"}, "way to clip 'flatt'"),
+        ({"passes": 1.0}, "leave out 'passes'"),
+        ({"method": "moon"}, "'MOON'"),
+        ({"change": {"filter": "lowpass"}}, "unknown filter 'lowpass'.*Did you mean 'low-pass'"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(FedloraError, match=message):
+        config(**changes)
