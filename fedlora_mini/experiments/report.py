@@ -93,8 +93,32 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
                 "lr": ", ".join(sorted({f"{r['config']['lr']:g}" for r in mine})),
                 "s / run": f"{np.mean([r['seconds'] for r in mine]):.0f}",
             }
+            | _privacy(mine)
         )
-    return pd.DataFrame(rows).set_index("method")
+    return pd.DataFrame(rows).set_index("method").fillna("–")
+
+
+def _privacy(runs: Sequence[Result]) -> dict[str, str]:
+    """What one image may reveal, with every number that the figure depends on; nothing without a mechanism."""
+    told = [r["privacy"] for r in runs if "privacy" in r]
+    if not told:
+        return {}
+
+    def span(name: str, form: str) -> str:
+        """One number, or the range over runs and clients."""
+        values = np.array([p[name] for p in told]).ravel()
+        ends = [f"{value:{form}}" for value in (values.min(), values.max())]
+        return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+    epsilon = (
+        f"{span('epsilon', '.3g')} at δ = {span('delta', 'g')} ({', '.join(sorted({p['accountant'] for p in told}))})"
+    )
+    return {
+        "ε for one image": epsilon,
+        "σ": span("sigma", ".3g"),
+        "q": span("q", ".3g"),
+        "releases": span("releases", "d"),
+    }
 
 
 def differences(results: Sequence[Result], protocol: str = "personal") -> dict[tuple[str, str], Difference]:

@@ -7,6 +7,7 @@ import pytest
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import run as runs
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.report import summary
 from fedlora_mini.experiments.run import Federation, guard_of, run
 from fedlora_mini.privacy import Release, epsilon
 
@@ -24,6 +25,14 @@ def test_the_record_says_what_the_figure_depends_on(tmp_path):
     assert 2.9 < told["epsilon"] <= 3.0
     assert told["epsilon"] == epsilon([Release(told["sigma"], told["q"], 6)], told["delta"], told["accountant"])
     assert json.loads((tmp_path / "result.json").read_text())["loss"] == [None] * 3
+
+
+def test_the_summary_prints_every_number_with_the_figure(tmp_path):
+    result = run(config(rounds=1), tmp_path)
+    row = summary([result]).loc["FedIT"]
+    assert row["ε for one image"].endswith("at δ = 1e-05 (rdp)") and row["releases"] == "2" and row["q"] == "0.333"
+    assert float(row["σ"]) == pytest.approx(result["privacy"]["sigma"], rel=0.01)
+    assert "ε for one image" not in summary([{k: v for k, v in result.items() if k != "privacy"}])
 
 
 def test_without_being_asked_nothing_is_private_and_nothing_is_said(tmp_path):
