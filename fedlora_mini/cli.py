@@ -57,10 +57,9 @@ def _options(pairs: Sequence[str]) -> dict[str, Any]:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """The `RunConfig` settings among the parsed arguments; what was not given keeps its default."""
     names = (
-        "data sites unseen size dirichlet clients model base rank alpha rounds steps batch lr optimiser weight_decay"
-    )
-    names += (
-        " fraction execution device precision threads eval_every passes epsilon sigma delta accountant clip clipping"
+        "data sites unseen size dirichlet clients model base rank alpha rounds steps batch lr optimiser weight_decay "
+        "fraction execution device precision threads eval_every passes epsilon unit sigma delta accountant clip "
+        "clipping quantile"
     )
     given = {name: getattr(args, name) for name in names.split() if getattr(args, name, None) is not None}
     if args.ranks:
@@ -327,11 +326,13 @@ def _add_run_settings(parser: argparse.ArgumentParser) -> None:
     add("--precision", help="auto, float32 or bf16 [auto: bf16 on CUDA]")
     add("--change", action="append", default=[], metavar="NAME=VALUE", help="another number in the method's row")
     add("--leakage", action="store_true", help="measure in every round what shared factors tell of the sites")
-    add("--epsilon", type=float, help="privacy of every image: no client's releases exceed it [no privacy]")
+    add("--epsilon", type=float, help="privacy budget: what may be spent on any one image, or client [no privacy]")
+    add("--unit", help="what is protected: image or client [image]")
     add("--sigma", type=float, help="noise multiplier [with --epsilon: the least that the accountant allows]")
     add("--delta", type=float, help="of the privacy budget [1e-5]")
     add("--accountant", help="pld (tight), rdp, gdp or zcdp [pld]")
-    add("--clip", type=float, metavar="C", help="largest norm of one image's gradient [1]")
+    add("--clip", type=float, metavar="C", help="largest norm of one image's gradient, or client's change [1]")
+    add("--quantile", type=float, help="with --unit client: C follows this quantile of the norms [C stays]")
     add("--clipping", help="flat, per-layer or normalised [flat]")
     add("--secure", action="store_true", help="noise from the operating system: a run cannot be repeated")
     add("--threads", type=int, help="CPU threads [torch's choice]")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,9 +13,11 @@ from fedlora_mini.federation.client import Budget
 from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.methods import method
 from fedlora_mini.federation.row import Method
+from fedlora_mini.federation.sampling import drawn, participants
 from fedlora_mini.privacy import DPSGD, calibrate
 
 DEVICES = ("auto", "cpu", "cuda")  # no mps: means and digests are taken in float64, which it lacks
+UNITS = ("image", "client")
 PRECISIONS = ("auto", "float32", "bf16")
 
 
@@ -51,12 +54,14 @@ class RunConfig:
     threads: int | None = None  # None = torch's choice, written down in the result
     eval_every: int = 0  # 0 = only at the end
     leakage: bool = False  # measure in every round what shared factors tell of the sites
-    epsilon: float | None = None  # what no client's releases may exceed, for any one image; None = no such budget
+    epsilon: float | None = None  # what may be spent on any one `unit`; None = no such budget
+    unit: str = "image"  # "image": clients follow private gradients; "client": the server adds up clipped changes
     sigma: float | None = None  # noise multiplier; None = with epsilon: the least that the accountant allows
     delta: float = 1e-5
     accountant: str = "pld"
-    clip: float = 1.0  # C, the largest norm of one image's gradient
+    clip: float = 1.0  # C, the largest norm of one image's gradient, or of one client's change
     clipping: str = "flat"
+    quantile: float | None = None  # with unit "client": C starts at `clip` and follows this quantile of the norms
     secure: bool = False  # noise from the operating system, which no seed repeats
     change: dict[str, Any] = field(default_factory=dict)  # other numbers in the row, such as {"lam": 0.1}
 
@@ -74,6 +79,8 @@ class RunConfig:
             raise FedloraError("clients needs dirichlet: without it every site is one client")
         self.budget  # noqa: B018  raises for a bad one
         self.ranks_of(1, self.row)
+        if self.unit not in UNITS:
+            raise unknown("unit of privacy", self.unit, UNITS)
         if self.private:
             self._guarding(self.sigma or 1.0, 1.0)
 
@@ -97,19 +104,26 @@ class RunConfig:
 
     def guard(self, q: float, steps: int) -> Guarding | None:
         """Privacy at sampling rate q for a client that takes so many steps in all; None if nothing was asked for."""
-        if not self.private:
-            return None
+        return self._guarding(self.noise(q, steps), q) if self.private and self.unit == "image" else None
+
+    def noise(self, q: float, steps: int) -> float:
+        """The noise multiplier: the one that was given, or the least with which so many releases stay in the budget."""
         if self.sigma is not None:
-            return self._guarding(self.sigma, q)
+            return self.sigma
         assert self.epsilon is not None
-        return self._guarding(calibrate(self.epsilon, self.delta, q, steps, self.accountant), q)
+        return calibrate(self.epsilon, self.delta, q, steps, self.accountant)
+
+    def chosen(self, clients: Sequence[int], round: int) -> list[int]:
+        """Who takes part: a fixed number, or a Poisson sample where clients are what is protected."""
+        draw = drawn if self.private and self.unit == "client" else participants
+        return draw(clients, self.fraction, self.seed, round)
 
     def _guarding(self, sigma: float, q: float) -> Guarding:
         budget = math.inf if self.epsilon is None else self.epsilon
-        mechanism = DPSGD(sigma, q, self.clip, self.clipping)
-        guard = Guarding(mechanism, budget, self.delta, self.accountant, self.secure)
+        guard = Guarding(DPSGD(sigma, q, self.clip, self.clipping), budget, self.delta, self.accountant, self.secure)
         guard.ledger()  # raises for a bad budget, delta or accountant
-        guard.check(self.row)
+        if self.unit == "image":
+            guard.check(self.row)
         if self.passes is not None:
             raise FedloraError("a privacy budget is planned in steps: leave out 'passes'")
         return guard

@@ -26,7 +26,6 @@ from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.exchange import OWN
 from fedlora_mini.federation.loop import Engine, Round
 from fedlora_mini.federation.member import Member
-from fedlora_mini.federation.sampling import participants
 from fedlora_mini.state import State
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def rounds(federation: Federation, engine: Engine, asked: Mapping[int, list[int]
         return aggregation_error(federation.model, before, after, updates, local.private)
 
     def choose(round: int) -> list[int]:
-        return asked.get(round) or participants(engine.clients, config.fraction, config.seed, round)
+        return asked.get(round) or config.chosen(engine.clients, round)
 
     args = (local.method, engine, server, local.keys, config.rounds, config.steps, choose, error_of)
     return federate(*args, layers=local.setting.layers)

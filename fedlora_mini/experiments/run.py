@@ -1,7 +1,7 @@
 """One run: build, federate, evaluate under three protocols; its folder can be resumed from and reported."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -19,12 +19,11 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.leakage import Watch
+from fedlora_mini.experiments.promise import Promise, guard_of, with_client_privacy
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.federation import Server, federate, repartition
 from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.exchange import is_model
-from fedlora_mini.federation.guarding import Guarding
-from fedlora_mini.federation.sampling import participants
 from fedlora_mini.metrics import evaluate, swap_drop
 from fedlora_mini.models import load_base
 from fedlora_mini.state import State
@@ -51,19 +50,6 @@ def dataset_of(config: RunConfig) -> Dataset:
     return repartition(data, config.clients or len(data.sites), config.dirichlet, config.seed)
 
 
-def guard_of(config: RunConfig, images: Sequence[int]) -> Guarding | None:
-    """Privacy of a run over clients with so many images. All draw at one rate; their mean batch is the config's.
-
-    The noise is calibrated to the client that takes part most often, which is known beforehand: participants are drawn
-    by the seed, whatever the data.
-    """
-    clients = list(range(len(images)))
-    rounds = range(1, config.rounds + 1)
-    asked = [client for t in rounds for client in participants(clients, config.fraction, config.seed, t)]
-    most = max(asked.count(client) for client in clients)
-    return config.guard(min(1.0, config.batch * len(images) / sum(images)), most * config.steps)
-
-
 @dataclass
 class Federation:
     """Everything a run needs in memory: what `fedlora run` uses, and a notebook can hold in its hands."""
@@ -75,13 +61,13 @@ class Federation:
     engine: LocalEngine
     watch: Watch | None = None
     leakage: dict[str, Any] = field(default_factory=dict)  # of the last round
-    stopped: str = ""  # why the run ended before its last round
 
     @classmethod
     def build(cls, config: RunConfig, data: Dataset | None = None) -> "Federation":
         """Model, adapters and clients of a config, on its device; nothing is trained yet."""
         row = config.row
         data = dataset_of(config) if data is None else data
+        row = with_client_privacy(row, config, 1 if row.pooled else len(data.sites))
         device = pick_device(config.device)
         model = load_base(config.model, len(data.classes), data.spatial, config.base, config.seed)
         given = {"rank": config.rank, "alpha": config.alpha}
@@ -118,41 +104,20 @@ class Federation:
             return aggregation_error(self.model, before, after, updates, self.engine.private)
 
         def choose(round: int) -> list[int]:
-            chosen = participants(self.engine.clients, config.fraction, config.seed, round)
+            chosen = config.chosen(self.engine.clients, round)
             if self.watch is not None:
                 self.watch.begin(chosen)
             return chosen
 
         args = (row, self.engine, self.server, self.engine.keys, config.rounds, config.steps, choose, error_of)
         loop = federate(*args, layers=self.engine.setting.layers)
-        while self._affordable(self.server.round + 1) and (each := next(loop, None)) is not None:
+        while not self.promise.refuses(self.server.round + 1) and (each := next(loop, None)) is not None:
             yield each
 
-    def _affordable(self, round: int) -> bool:
-        """Whether the round's participants may all release what it takes; if not, `stopped` says who may not."""
-        guard, config = self.engine.setting.guard, self.config
-        if guard is None or round > config.rounds:
-            return True
-        for client in participants(self.engine.clients, config.fraction, config.seed, round):
-            ledger = self.engine.members[client].ledger
-            assert ledger is not None
-            if (total := ledger.spent([guard.releases(config.steps)])) > guard.budget:
-                self.stopped = f"round {round} would spend epsilon {total:.4g} of {guard.budget:g} at client {client}"
-                return False
-        return True
-
-    def spent(self) -> dict[str, Any]:
-        """What the run has cost under privacy, with every number that the figure depends on; nothing without."""
-        guard = self.engine.setting.guard
-        if guard is None:
-            return {}
-        ledgers = [member.ledger for member in self.engine.members if member.ledger is not None]
-        own = guard.mechanism
-        numbers = {"sigma": own.sigma, "q": own.q, "clip": own.C, "clipping": own.clipping, "secure": guard.secure}
-        promise = {"delta": guard.delta, "accountant": guard.accountant, "unit": "one image more or less at one client"}
-        releases = [sum(release.times for release in ledger.releases) for ledger in ledgers]
-        cost = {"releases": releases, "epsilon": max(ledger.spent() for ledger in ledgers), "stopped": self.stopped}
-        return {"privacy": numbers | promise | cost}
+    @property
+    def promise(self) -> Promise:
+        """The budget of the run and what is spent of it."""
+        return Promise(self.config, self.engine.method, self.engine.members)
 
     def client_of(self, site: int) -> int:
         return 0 if self.engine.method.pooled else site
@@ -298,7 +263,7 @@ def _result(federation: Federation, records: list[dict[str, Any]], seconds: floa
         "loss": [r["loss"] for r in rounds],
         "refused": [line for r in rounds for line in r["refused"]],
         **_leakage(federation, rounds),
-        **federation.spent(),
+        **federation.promise.told(federation.server.round),
         "round_seconds": [r["seconds"] for r in rounds],
         "seconds": seconds,
         "final_sha256": S.digest(list(federation.states().values())),

@@ -118,16 +118,17 @@ def federate(
         if agg_err is not None or not travels:
             good = list(good)
         returned: State = {}
-        if first is not None and (travels or method.work.messages):
+        nobody = not requests and getattr(method.rule, "empty", False)
+        if nobody or (first is not None and (travels or method.work.messages)):
             returned = method.rule(before, good)
         desk.refused += [f"client {client}: no answer" for client in sorted(requests.keys() - desk.answered)]
-        if first is None:
+        if first is None and not nobody:
             raise FedloraError(f"round {t}: no usable update ({'; '.join(desk.refused)}). A smaller --lr often helps.")
         products = products_in(returned)
         new = {name: value for name, value in returned.items() if name not in products} | desk.bank
         new |= fold(server.state, products, layers or {})
         after = server.state | new
-        error = agg_err(server.state, after | products, list(good)) if agg_err is not None else None
+        error = agg_err(server.state, after | products, list(good)) if agg_err is not None and not nobody else None
         server.seen |= dict.fromkeys(desk.answered & requests.keys(), server.round)  # the others may not have heard
         server.changed |= dict.fromkeys(new, t)
         server.ranks |= desk.ranks
@@ -137,7 +138,7 @@ def federate(
         yield Round(
             round=t,
             clients=sorted(requests),
-            loss=None if math.isnan(desk.loss) else desk.loss / desk.weight,
+            loss=None if nobody or math.isnan(desk.loss) else desk.loss / desk.weight,
             bytes_up=desk.bytes,
             bytes_down=sum(wire_bytes(request.state) for request in requests.values()),
             agg_err=error,

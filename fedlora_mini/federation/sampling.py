@@ -23,6 +23,14 @@ def participants(clients: Sequence[int], fraction: float, seed: int, round: int)
     return sorted(clients[i] for i in order[:size].tolist())
 
 
+def drawn(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
+    """A Poisson sample: each with probability `fraction`, by a coin of its own; nobody now and then."""
+    if not 0 < fraction <= 1:
+        raise FedloraError(f"the participation fraction must be in (0, 1], got {fraction}")
+    coins = torch.rand(len(clients), generator=generator(seed, round, "participants"), dtype=torch.float64)
+    return sorted(client for client, coin in zip(clients, coins.tolist(), strict=True) if coin < fraction)
+
+
 def batch_indices(n: int, batch: int, steps: int, rng: torch.Generator) -> Tensor:
     """(steps, batch) indices into n images: shuffled passes laid end to end, so that every batch is full."""
     passes = -(-batch * steps // n)

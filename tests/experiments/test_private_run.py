@@ -7,8 +7,9 @@ import pytest
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import run as runs
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.promise import guard_of
 from fedlora_mini.experiments.report import summary
-from fedlora_mini.experiments.run import Federation, guard_of, run
+from fedlora_mini.experiments.run import Federation, run
 from fedlora_mini.privacy import Release, epsilon
 
 TINY = {"size": 32, "sites": "3", "rounds": 3, "steps": 2, "batch": 2, "threads": 1}
@@ -67,7 +68,7 @@ def test_a_killed_run_goes_on_with_the_ledger_that_it_had(tmp_path, monkeypatch)
 
 def test_noise_is_planned_for_the_client_that_takes_part_most_often():
     some = config(fraction=0.4, rounds=10)
-    asked = [k for t in range(1, 11) for k in runs.participants([0, 1, 2], 0.4, 0, t)]
+    asked = [k for t in range(1, 11) for k in some.chosen([0, 1, 2], t)]
     most = max(map(asked.count, range(3)))
     assert most < 10
     guard = guard_of(some, [6, 6, 6])
@@ -86,6 +87,23 @@ def test_every_row_takes_a_filter():
     assert config(change={"filter": "none"}).row.objective == ()
 
 
+def test_clients_can_be_what_is_protected(tmp_path):
+    own = config(unit="client", fraction=0.5, rounds=4, clip=0.1)
+    whole = run(own, tmp_path)
+    told = whole["privacy"]
+    assert told["unit"] == "one client more or less" and told["q"] == 0.5 and told["releases"] == [4]
+    assert told["epsilon"] == epsilon([Release(told["sigma"], 0.5, 4)], 1e-5, "rdp") <= 3.0
+    sizes = {len(own.chosen([0, 1, 2], t)) for t in range(1, 60)}
+    assert sizes == {0, 1, 2, 3}, "a Poisson sample of clients, sometimes nobody"
+    assert run(own, tmp_path / "again")["final_sha256"] == whole["final_sha256"]
+
+
+def test_clients_budgets_end_a_run_too(tmp_path):
+    two = epsilon([Release(1.0, 1.0, 2)], 1e-5, "rdp")
+    told = run(config(unit="client", sigma=1.0, epsilon=1.001 * two), tmp_path)["privacy"]
+    assert told["releases"] == [2] and told["stopped"].endswith("at the server")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -97,6 +115,7 @@ def test_every_row_takes_a_filter():
         ({"clipping": "flatt"}, "way to clip 'flatt'"),
         ({"passes": 1.0}, "leave out 'passes'"),
         ({"method": "moon"}, "'MOON'"),
+        ({"unit": "patient"}, "unknown unit of privacy 'patient'"),
         ({"change": {"filter": "lowpass"}}, "unknown filter 'lowpass'.*Did you mean 'low-pass'"),
     ],
 )

@@ -1,0 +1,94 @@
+"""What a run promises to one image or to one client, what is spent of it, and the round that it does not allow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.federation.aggregation.mean import mean
+from fedlora_mini.federation.aggregation.private import ClientDP
+from fedlora_mini.federation.guarding import Guarding
+from fedlora_mini.federation.member import Member
+from fedlora_mini.federation.row import Method
+from fedlora_mini.privacy import Release, epsilon
+
+
+def guard_of(config: RunConfig, images: Sequence[int]) -> Guarding | None:
+    """Privacy of every image, for clients with so many. All draw at one rate; their mean batch is the config's.
+
+    The noise is calibrated to the client that takes part most often, which is known beforehand: participants are drawn
+    by the seed, whatever the data.
+    """
+    if not config.private or config.unit != "image":
+        return None
+    clients = list(range(len(images)))
+    asked = [k for t in range(1, config.rounds + 1) for k in config.chosen(clients, t)]
+    most = max(asked.count(client) for client in clients)
+    return config.guard(min(1.0, config.batch * len(images) / sum(images)), most * config.steps)
+
+
+def with_client_privacy(row: Method, config: RunConfig, clients: int) -> Method:
+    """The row with clipped changes and noise in the place of FedAvg's mean, if clients are what is to be protected."""
+    if not config.private or config.unit != "client":
+        return row
+    if row.rule is not mean or row.work.messages:
+        raise FedloraError(
+            f"'{row.title}': privacy of clients is a mean of clipped changes; its rule is another, or it tells more"
+        )
+    sigma, expected = config.noise(config.fraction, config.rounds), config.fraction * clients
+    return replace(row, rule=ClientDP(sigma, expected, config.clip, config.quantile, 0.2, config.seed, config.secure))
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The run's budget, over its clients' ledgers or the server's rounds."""
+
+    config: RunConfig
+    method: Method
+    members: Sequence[Member]
+
+    def releases(self, rounds: int) -> list[list[Release]]:
+        """What each account has released once so many rounds are over: the clients' ledgers, or the server's one."""
+        if isinstance(self.method.rule, ClientDP):
+            return [[Release(self.method.rule.sigma, self.config.fraction, rounds)]]
+        return [member.ledger.releases for member in self.members if member.ledger is not None]
+
+    def refuses(self, round: int) -> str:
+        """Why the round must not happen; empty if it may."""
+        config, guard = self.config, self.members[0].setting.guard
+        if config.epsilon is None or round > config.rounds:
+            return ""
+        if guard is None:
+            accounts = {"the server": self.releases(round)[0]}
+        else:
+            chosen = config.chosen([m.number for m in self.members], round)
+            more = guard.releases(config.steps)
+            asked = [m for m in self.members if m.number in chosen]
+            accounts = {f"client {m.number}": [*m.ledger.releases, more] for m in asked if m.ledger is not None}
+        for name, account in accounts.items():
+            if (total := epsilon(account, config.delta, config.accountant)) > config.epsilon:
+                return f"round {round} would spend epsilon {total:.4g} of {config.epsilon:g} at {name}"
+        return ""
+
+    def told(self, rounds: int) -> dict[str, Any]:
+        """For the record: epsilon, with every number that it depends on; nothing where nothing was asked for."""
+        config, guard = self.config, self.members[0].setting.guard
+        if not config.private:
+            return {}
+        accounts = self.releases(rounds)
+        if guard is None:
+            assert isinstance(self.method.rule, ClientDP)
+            sigma, q, unit = self.method.rule.sigma, config.fraction, "one client more or less"
+        else:
+            sigma, q, unit = guard.mechanism.sigma, guard.mechanism.q, "one image more or less at one client"
+        spent = max(epsilon(account, config.delta, config.accountant) for account in accounts)
+        how = {"clip": config.clip, "clipping": config.clipping, "secure": config.secure}
+        promise = {"delta": config.delta, "accountant": config.accountant, "epsilon": spent}
+        counts = [sum(release.times for release in account) for account in accounts]
+        return {
+            "privacy": {"sigma": sigma, "q": q, "unit": unit}
+            | how
+            | promise
+            | {"releases": counts, "stopped": self.refuses(rounds + 1)}
+        }
