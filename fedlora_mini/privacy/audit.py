@@ -19,7 +19,7 @@ def lower_bound(
     """The largest epsilon that `hits` of `members` and `alarms` of `strangers` rule out: log((TPR - delta) / FPR).
 
     Every game is a run of its own. TPR and FPR are replaced by their one-sided Clopper and Pearson bounds, each at half
-    of the error, which serve both accusations, "in" and "out". Jagielski, Ullman and Oprea 2020. 0 if nothing is ruled out.
+    of the error, which serve both accusations, "in" and "out". 0 if nothing is ruled out. Jagielski et al. 2020.
     """
     for name, some, of in (("hits", hits, members), ("alarms", alarms, strangers)):
         if not 0 <= some <= of or of < 1:
