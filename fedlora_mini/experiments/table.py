@@ -90,9 +90,7 @@ def describe(name: str, engine: LocalEngine, up: int, down: int) -> Row:
     row, table, budget = engine.method, engine.keys, engine.setting.budget
     layers = engine.setting.layers
     moving = [
-        key
-        for key in table.values()
-        if moves_at_all(key, layers) and any(row.schedule.moves(key, t, budget.steps) for t in (1, 2))
+        key for key in table.values() if moves_at_all(key, layers) and row.schedule.may_move(key, 2, budget.steps)
     ]
     sent = [key for key in table.values() if row.shared(key) and key in moving]
     kept = [key for key in table.values() if not row.shared(key)]
@@ -143,8 +141,8 @@ class Witness:
         updates = list(self.engine.exchange(requests))
         row, table, budget = self.engine.method, self.engine.keys, self.engine.setting.budget
         for update in updates:
-            round = requests[update.client].round
-            expected = {n for n, k in table.items() if row.shared(k) and row.schedule.moves(k, round, budget.steps)}
+            when = requests[update.client].round, budget.steps, before[update.client] | told[update.client]
+            expected = {n for n, k in table.items() if row.shared(k) and row.schedule.moves(k, *when)}
             self._same("sends", update.client, expected, {n for n in update.state if is_model(n)})
             odd = [n for n in update.state if is_note(n) and not any(fnmatch(n, p) for p in row.work.messages)]
             odd += [n for n in told[update.client] if self.engine.private(n) and not n.endswith("_rest")]
@@ -184,7 +182,7 @@ def check(name: str, model: str = "minisam", rounds: int = 2, data: Dataset | No
     said = {  # by region and factor: a single bias in front of a norm may well have no gradient
         (key.region, key.factor)
         for key in engine.keys.values()
-        if moves_at_all(key, layers) and any(row.schedule.moves(key, t, steps) for t in range(1, rounds + 1))
+        if moves_at_all(key, layers) and row.schedule.may_move(key, rounds, steps)
     }
     witness.problems += [f"no {factor} of {region} was trained" for region, factor in sorted(said - witness.moved)]
     for record in records:

@@ -118,6 +118,7 @@ def train(
     params = S.stack(states) if grouped else S.clone(states[0])
     layers, pace = dict(adapters(model)), PACES[budget.pace]
     movable = [name for name in params if name in keys and moves_at_all(keys[name], layers)]
+    notes: Mapping[str, Tensor] = kept[0] if kept else {}  # what the server told is the same for all
     optimiser = OPTIMISERS[budget.optimiser]([params[name] for name in movable], budget)
     features = any(term.features for term in terms)
     base = Context(round, 0, {}, dict(keys), budget.lr, budget.steps, layers=layers)
@@ -159,7 +160,7 @@ def train(
 
     for step in range(1, budget.steps + 1):
         for name in movable:
-            params[name].requires_grad_(method.schedule(keys[name], round, step, budget.steps))
+            params[name].requires_grad_(method.schedule(keys[name], round, step, budget.steps, notes))
         now = pace(step / budget.steps)
         optimiser.param_groups[0]["lr"] = budget.lr * now
         moves = frozenset(name for name in movable if params[name].requires_grad)

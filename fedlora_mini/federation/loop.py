@@ -108,7 +108,9 @@ def federate(
     while server.round < rounds:
         t = server.round + 1
         started = perf_counter()
-        travels = {n for n, key in keys.items() if method.shared(key) and method.schedule.moves(key, t, steps)}
+        travels = {
+            n for n, key in keys.items() if method.shared(key) and method.schedule.moves(key, t, steps, server.state)
+        }
         before = {name: value for name, value in server.state.items() if name in travels or is_note(name)}
         requests = {client: Request(t, told(method, server, client)) for client in choose(t)}
         desk = Desk(S.pick(before, is_model), method)

@@ -150,7 +150,9 @@ class Member:
             self.memory |= own
         setting, steps = self.setting, self.setting.budget.steps  # the run's: all clients send the same names
         moves, keys, private = setting.method.schedule.moves, setting.keys, setting.private
-        sent = {n: v for n, v in end.items() if n in keys and not private(n) and moves(keys[n], round, steps)}
+        sent = {
+            n: v for n, v in end.items() if n in keys and not private(n) and moves(keys[n], round, steps, self.notes)
+        }
         taken = setting.budget.of(len(self.data)).steps
         return Update(self.number, sent | (messages or {}), float(len(self.data)), loss, taken)
 

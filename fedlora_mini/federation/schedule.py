@@ -1,7 +1,9 @@
 """Which tensors move at a round and local step, both from 1. What does not move is bit-identical after the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from fedlora_mini.adapters.base import Key
 
@@ -9,19 +11,40 @@ Test = Callable[[Key, int, int, int], bool]
 """(tensor, round, local step, local steps of the round) -> whether it moves."""
 
 
+NOTHING: Mapping[str, Tensor] = {}
+MODE = "~mode/"  # begins the server's notes, one a layer, on the factor that moves in this round: 0 is B, 1 is A
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """A predicate on (tensor, round, step, steps), with the words that the method table prints."""
+    """A predicate on (tensor, round, step, steps), with the words that the method table prints.
+
+    notes: what server and clients remember; a schedule that `asks` leaves the choice of a layer's factor to the server.
+    """
 
     label: str
     test: Test
+    asks: bool = False
 
-    def __call__(self, key: Key, round: int, step: int, steps: int) -> bool:
-        return self.test(key, round, step, steps)
+    def __call__(self, key: Key, round: int, step: int, steps: int, notes: Mapping[str, Tensor] = NOTHING) -> bool:
+        return self.test(key, round, step, steps) and (not self.asks or chosen(key, notes))
 
-    def moves(self, key: Key, round: int, steps: int) -> bool:
+    def moves(self, key: Key, round: int, steps: int, notes: Mapping[str, Tensor] = NOTHING) -> bool:
         """Whether the tensor moves in any local step of the round: only then it needs to be sent."""
-        return any(self.test(key, round, step, steps) for step in range(1, steps + 1))
+        return any(self(key, round, step, steps, notes) for step in range(1, steps + 1))
+
+    def may_move(self, key: Key, rounds: int, steps: int) -> bool:
+        """Whether it moves in one of the first rounds, should the server want it."""
+        times = [(t, step) for t in range(1, rounds + 1) for step in range(1, steps + 1)]
+        return any(self.test(key, t, step, steps) for t, step in times)
+
+
+def chosen(key: Key, notes: Mapping[str, Tensor]) -> bool:
+    """Whether the server's note on the layer names this factor; B without a note. What is no factor moves always."""
+    if key.factor not in "AB":
+        return True
+    mode = notes.get(f"{MODE}{key.path}")
+    return key.factor == ("A" if mode is not None and bool(mode) else "B")
 
 
 together = Schedule("all at every step", lambda key, round, step, steps: True)
@@ -39,6 +62,18 @@ def by_round(first: str, second: str) -> Schedule:
         return key.region == "head" or key.factor == (first if round % 2 else second)
 
     return Schedule(f"{first} in odd rounds, {second} in even", test)
+
+
+def by_step(first: str, second: str) -> Schedule:
+    """`first` in odd local steps, `second` in even ones; the head moves always."""
+
+    def test(key: Key, round: int, step: int, steps: int) -> bool:
+        return key.region == "head" or key.factor == (first if step % 2 else second)
+
+    return Schedule(f"{first} in odd steps, {second} in even", test)
+
+
+as_told = Schedule("one factor a layer, as the server says", lambda key, round, step, steps: True, asks=True)
 
 
 def before(share: float, first: Callable[[Key], bool], label: str, then_all: bool = False) -> Schedule:

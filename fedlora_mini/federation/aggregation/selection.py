@@ -1,0 +1,69 @@
+"""AS-LoRA's server: the mean of what moved, and for every layer a drawn choice of what moves next.
+
+P(A moves) = sigmoid((S_A - S_B) / ((|S_A| + |S_B|) tau)), S a running mean of the clients' scores of that factor,
+renewed only when it was the one that moved; tau falls from 1 to 0.1. The first `warmup` rounds move B, A, B, A, …
+
+Choices travel as "~mode/<layer>", scores come as "~score/<layer>", the server's memory stands under "~~as/…".
+methods.md card 6.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedlora_mini import state as S
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.federation.exchange import OWN, Update, is_model
+from fedlora_mini.federation.sampling import generator
+from fedlora_mini.federation.schedule import MODE
+from fedlora_mini.state import State
+
+SCORE = "~score/"
+ROUND = f"{OWN}as/round"
+
+
+def probability(a: float, b: float, tau: float) -> float:
+    """P(A moves) for the scores of A and B; 1/2 where both are zero."""
+    size = abs(a) + abs(b)
+    return 0.5 if size == 0 else float(torch.sigmoid(torch.tensor((a - b) / (size * tau), dtype=torch.float64)))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """warmup: rounds of plain alternation, an even number; memory: share of the old score that is kept."""
+
+    warmup: int = 4
+    memory: float = 0.9
+    cooling: float = 0.95
+    coldest: float = 0.1
+    seed: int = 0
+    label: ClassVar[str] = "mean, and a choice by score"
+
+    def __post_init__(self) -> None:
+        if self.warmup < 2 or self.warmup % 2:
+            raise FedloraError(f"warmup must be an even number of rounds, at least 2, got {self.warmup}")
+        for name in ("memory", "cooling", "coldest"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise FedloraError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+    def __call__(self, server: State, updates: Iterable[Update]) -> State:
+        told = list(updates)
+        weights = [update.weight for update in told]
+        out = S.mean([S.pick(update.state, is_model) for update in told], weights)
+        round = int(server[ROUND]) + 1 if ROUND in server else 1
+        scores = S.mean([S.pick(u.state, lambda name: name.startswith(SCORE)) for u in told], weights)
+        rng, tau = generator(self.seed, round, "modes"), max(self.coldest, self.cooling ** (round + 1 - self.warmup))
+        for name in sorted(scores):
+            path, score = name.removeprefix(SCORE), float(scores[name])
+            moved = "A" if bool(server.get(f"{MODE}{path}", 0)) else "B"
+            past = server.get(f"{OWN}as/{moved}/{path}")
+            mixed = score if past is None else self.memory * float(past) + (1 - self.memory) * score
+            out[f"{OWN}as/{moved}/{path}"] = torch.tensor(mixed, dtype=torch.float64)
+            known = {f: float(server.get(f"{OWN}as/{f}/{path}", 0.0)) for f in "AB"} | {moved: mixed}
+            draw = float(torch.rand((), generator=rng, dtype=torch.float64))
+            chance = float(round % 2) if round < self.warmup else probability(known["A"], known["B"], tau)
+            out[f"{MODE}{path}"] = torch.tensor(float(draw < chance))
+        out[ROUND] = torch.tensor(round)
+        return out

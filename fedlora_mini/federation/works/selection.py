@@ -1,0 +1,113 @@
+"""AS-LoRA's client: trains the factor that the server named, and scores it by the last private gradient of the round.
+
+S = max(||g||^2 - d s^2, 0) - (eta kappa / 2) ||g||^2: the decrease of the loss that a step of size eta would bring, to
+second order, with the noise's own energy taken off (d numbers with noise of deviation s each). methods.md card 6.
+
+kappa is the curvature along g. curvature "released" takes it from two released gradients of the same factor, kappa =
+<g - g', theta - theta'> / ||theta - theta'||^2, which costs nothing more; "raw" is that of the published code, a second
+difference of the loss on private images: not private, and refused under a budget; "none" leaves it out.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedlora_mini import state as S
+from fedlora_mini.adapters.base import call
+from fedlora_mini.errors import unknown
+from fedlora_mini.federation.aggregation.selection import SCORE
+from fedlora_mini.federation.row import Work
+from fedlora_mini.federation.schedule import chosen
+from fedlora_mini.losses import segmentation_loss
+from fedlora_mini.regularizers import Context, Regularizer
+from fedlora_mini.state import State
+
+if TYPE_CHECKING:
+    from fedlora_mini.federation.member import Member
+
+CURVATURES = ("released", "none", "raw")
+GRADIENT, PLACE = "~as/g/", "~as/at/"  # the last released gradient of every factor, and where it was taken
+STEP = 1e-3  # h of the raw second difference
+
+
+@dataclass
+class Recorder(Regularizer):
+    """Keeps the gradient of the last step, as the optimiser sees it, and the state it was taken at."""
+
+    last: State = field(default_factory=dict)
+    at: State = field(default_factory=dict)
+    label = "records the last gradient"
+    free = True
+
+    def gradient_(self, gradient: State, state: State, context: Context) -> None:
+        if context.step == context.steps:
+            self.last, self.at = S.clone(gradient), S.clone({name: state[name] for name in gradient})
+
+
+def score(g: Tensor, noise: float, eta: float, kappa: float) -> float:
+    """S for one factor's gradient; noise: deviation of the noise on each of its numbers."""
+    energy = float(g.double().square().sum())
+    return max(energy - g.numel() * noise**2, 0.0) - 0.5 * eta * kappa * energy
+
+
+@dataclass(frozen=True)
+class Selected(Work):
+    """The work of an AS-LoRA client."""
+
+    curvature: str = "released"
+
+    messages = (f"{SCORE}*",)
+    notes = (GRADIENT, PLACE)
+
+    def __post_init__(self) -> None:
+        if self.curvature not in CURVATURES:
+            raise unknown("curvature of AS-LoRA", self.curvature, CURVATURES)
+
+    @property
+    def label(self) -> str:  # type: ignore[override]
+        return f"scores its layers, curvature {self.curvature}"
+
+    @property
+    def free(self) -> bool:
+        return self.curvature != "raw"
+
+    def round(self, client: "Member", round: int) -> tuple[State, float, State]:
+        own, recorder = client.setting, Recorder()
+        end, loss = client.fit(round, objective=(*own.method.objective, recorder))
+        guard = own.guard
+        noise = guard.mechanism.noise_std / (guard.mechanism.q * len(client.data)) if guard else 0.0
+        past, where = client.recall(GRADIENT), client.recall(PLACE)
+        say: State = {}
+        for name, g in recorder.last.items():
+            key = own.keys[name]
+            if key.factor in "AB" and chosen(key, client.notes):
+                kappa = self._kappa(client, name, g, recorder.at, past.get(name), where.get(name))
+                say[f"{SCORE}{key.path}"] = torch.tensor(score(g, noise, own.budget.lr, kappa), dtype=torch.float64)
+        client.keep(GRADIENT, past | recorder.last)
+        client.keep(PLACE, where | recorder.at)
+        return end, loss, say
+
+    def _kappa(
+        self, client: "Member", name: str, g: Tensor, at: State, past: Tensor | None, where: Tensor | None
+    ) -> float:
+        if self.curvature == "raw":
+            return self._raw(client, name, g, at)
+        if self.curvature == "none" or past is None or where is None:
+            return 0.0
+        moved = (at[name] - where).double()
+        length = float(moved.square().sum())
+        return float(((g - past).double() * moved).sum()) / length if length else 0.0
+
+    def _raw(self, client: "Member", name: str, g: Tensor, at: State) -> float:
+        """(L(theta + h v) - 2 L(theta) + L(theta - h v)) / h^2 along v = g / ||g||, on the client's images."""
+        v = g / g.norm().clamp(min=1e-12)
+        state, data = client.tensors | at, client.data
+
+        def loss(h: float) -> float:
+            with torch.no_grad():
+                logits = call(client.setting.model, state | {name: at[name] + h * v}, data.images)
+                return float(segmentation_loss(logits, data.masks).double().mean())
+
+        return (loss(STEP) - 2 * loss(0.0) + loss(-STEP)) / STEP**2

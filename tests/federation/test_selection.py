@@ -1,0 +1,166 @@
+"""AS-LoRA: the server draws what moves, clients train and send just that, scores follow the card."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedlora_mini import state as S
+from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.engines import LocalEngine
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.federation import METHODS, Budget, Server, Update, federate
+from fedlora_mini.federation.aggregation import aggregation_error
+from fedlora_mini.federation.aggregation.selection import ROUND, SCORE, Selection, probability
+from fedlora_mini.federation.exchange import is_model
+from fedlora_mini.federation.guarding import Guarding
+from fedlora_mini.federation.schedule import MODE, as_told, by_step
+from fedlora_mini.federation.works.selection import Selected, score
+from fedlora_mini.models import build
+from fedlora_mini.privacy import DPSGD
+
+ROW = replace(METHODS["fedit"], title="AS-LoRA", schedule=as_told, rule=Selection(), work=Selected())
+BUDGET = Budget(steps=2, batch=2, lr=1e-2, optimiser="sgd", augment=False)
+
+
+def federation(data, row=ROW, guard=None, dtype=torch.float64):
+    model = prepare(build("minisam", len(data.classes), d=16, depth=1, stem=4, width=4), row.adapter).to(dtype)
+    start = trainable(model)
+    splits = [type(site.train)(site.train.images.to(dtype), site.train.masks) for site in data.sites]
+    return LocalEngine(model, row, keys(model, list(start)), splits, BUDGET, 0, guard=guard), Server(start)
+
+
+def advance(engine, server, rounds):
+    """The factors of every layer that moved in each round, and the records."""
+    moved, records, row = [], [], engine.method
+    error = lambda before, after, updates: aggregation_error(  # noqa: E731
+        engine.setting.model, before, after, updates, engine.private
+    )
+    args = (row, engine, server, engine.keys, rounds, BUDGET.steps, lambda t: engine.clients, error)
+    before = dict(server.state)
+    for record in federate(*args):
+        changed = {n for n in engine.keys if not torch.equal(before[n], server.state[n])}
+        moved.append({engine.keys[n].path: engine.keys[n].factor for n in changed if engine.keys[n].factor in "AB"})
+        before = dict(server.state)
+        records.append(record)
+    return moved, records
+
+
+def test_the_warm_up_alternates_and_then_layers_differ(tiny):
+    engine, server = federation(tiny)
+    moved, records = advance(engine, server, 9)
+    layers = {key.path for key in engine.keys.values() if key.factor in "AB"}
+    for t, factor in enumerate("BABA"):
+        assert moved[t] == dict.fromkeys(layers, factor)
+    assert all(each.keys() == layers for each in moved), "one factor of every layer moves in every round"
+    assert any(len(set(each.values())) == 2 for each in moved[4:]), "layers choose for themselves"
+    assert all(record.agg_err < 1e-12 for record in records), "one factor is common, so the mean is exact"
+
+
+def test_only_what_moved_is_sent(tiny):
+    engine, server = federation(tiny)
+    _, records = advance(engine, server, 2)
+    size = {f: sum(v.nbytes for n, v in server.state.items() if n.endswith(f".{f}")) for f in "AB"}
+    rest = sum(v.nbytes for n, v in server.state.items() if is_model(n) and n[-2:] not in (".A", ".B"))
+    scores = 8 * len([n for n in engine.keys if n.endswith(".A")])
+    assert [r.bytes_up for r in records] == [3 * (size[f] + rest + scores) for f in "BA"]
+
+
+def test_probabilities_are_the_cards():
+    assert probability(3.0, 1.0, 0.5) == pytest.approx(1 / (1 + math.exp(-(2 / 4) / 0.5)))
+    assert probability(0.0, 0.0, 0.1) == 0.5 and probability(1.0, -1.0, 1.0) == probability(5.0, -5.0, 1.0)
+    assert probability(1.0, 0.0, 0.1) > 0.9999 > probability(1.0, 0.0, 1.0)
+
+
+def told(scores):
+    one = {f"{SCORE}{path}": torch.tensor(value, dtype=torch.float64) for path, value in scores.items()}
+    return [Update(k, {"a.B": torch.zeros(2)} | one, 1.0) for k in range(2)]
+
+
+def test_only_the_factor_that_moved_gets_a_new_score():
+    rule, state = Selection(memory=0.9), {"a.B": torch.zeros(2)}
+    state |= rule(state, told({"a": 4.0}))  # B moved
+    state |= {f"{MODE}a": torch.tensor(0.0)}
+    state |= rule(state, told({"a": 2.0}))  # B again
+    assert float(state["~~as/B/a"]) == pytest.approx(0.9 * 4 + 0.1 * 2) and "~~as/A/a" not in state
+    state |= {f"{MODE}a": torch.tensor(1.0)}
+    state |= rule(state, told({"a": 7.0}))  # A
+    assert float(state["~~as/A/a"]) == 7 and float(state["~~as/B/a"]) == pytest.approx(3.8)
+    assert int(state[ROUND]) == 3
+
+
+def test_the_better_factor_is_drawn_more_often_as_it_cools():
+    rule, share = Selection(), {}
+    for round in (5, 60):
+        base = {
+            "a.B": torch.zeros(2),
+            "~~as/A/a": torch.tensor(3.0),
+            "~~as/B/a": torch.tensor(1.0),
+            f"{MODE}a": torch.tensor(1.0),
+        }
+        draws = [
+            float(replace(rule, seed=seed)(base | {ROUND: torch.tensor(round)}, told({"a": 3.0}))[f"{MODE}a"])
+            for seed in range(200)
+        ]
+        share[round] = sum(draws) / 200
+    assert 0.5 < share[5] < 0.75 and share[60] > 0.98
+
+
+def test_a_score_is_the_predicted_decrease_without_the_noises_energy():
+    """On a quadratic with curvature k a step of eta along g lowers the loss by eta ||g||^2 (1 - eta k / 2)."""
+    g, eta, k = torch.tensor([3.0, 4.0]), 0.1, 2.0
+    assert eta * score(g, 0.0, eta, k) == pytest.approx(eta * 25 * (1 - eta * k / 2))
+    noisy = 1.5 * torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    assert abs(score(noisy, 1.5, eta, 0.0)) < 0.02 * float(noisy.square().sum())
+    assert score(0.1 * g, 5.0, eta, 0.0) == 0
+
+
+def test_the_released_curvature_is_the_quadratics(tiny):
+    """g = k theta: two gradients at two places give k."""
+    engine, _ = federation(tiny)
+    [name] = [n for n in engine.keys if n.endswith(".B")][:1]
+    at, where = torch.randn(3, 2), torch.randn(3, 2)
+    kappa = Selected()._kappa(engine.members[0], name, 2.5 * at, {name: at}, 2.5 * where, where)
+    assert kappa == pytest.approx(2.5, rel=1e-5)
+    assert Selected("none")._kappa(engine.members[0], name, at, {name: at}, where, where) == 0
+
+
+def test_the_raw_curvature_reads_images_and_is_refused_under_a_budget(tiny):
+    raw = replace(ROW, work=Selected("raw"))
+    engine, server = federation(tiny, raw)
+    advance(engine, server, 1)
+    with pytest.raises(FedloraError, match="no privacy budget"):
+        federation(tiny, raw, Guarding(DPSGD(1.0, 0.5)))
+    engine, server = federation(tiny, ROW, Guarding(DPSGD(1.0, 0.5)))
+    advance(engine, server, 3)
+    assert all(member.ledger.releases[0].times == 6 for member in engine.members), "scoring releases nothing more"
+
+
+def test_alternating_by_step_moves_one_factor_a_step(tiny):
+    row = replace(METHODS["fedit"], schedule=by_step("B", "A"))
+    engine, server = federation(tiny, row)
+    start, member = dict(server.state), engine.members[0]
+    for steps, moves in ((1, "B"), (2, "AB")):
+        end = member.fit(1, steps=steps)[0]
+        changed = {engine.keys[n].factor for n in engine.keys if not torch.equal(end[n], start[n])}
+        assert changed & {"A", "B"} == set(moves)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Selection(warmup=3), "even"),
+        (lambda: Selection(memory=2.0), "memory"),
+        (lambda: Selected("exact"), "unknown curvature of AS-LoRA 'exact'"),
+    ],
+)
+def test_bad_settings_are_named(call, message):
+    with pytest.raises(FedloraError, match=message):
+        call()
+
+
+def test_states_stay_finite_under_noise(tiny):
+    engine, server = federation(tiny, ROW, Guarding(DPSGD(5.0, 0.2)))
+    advance(engine, server, 3)
+    assert S.finite(server.state)
