@@ -16,8 +16,7 @@ def generator(*key: object) -> torch.Generator:
 
 def participants(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
     """max(1, round(fraction * K)) of the clients, without replacement, sorted."""
-    if not 0 < fraction <= 1:
-        raise FedloraError(f"the participation fraction must be in (0, 1], got {fraction}")
+    _check(fraction)
     size = max(1, int(fraction * len(clients) + 0.5))
     order = torch.randperm(len(clients), generator=generator(seed, round, "participants"))
     return sorted(clients[i] for i in order[:size].tolist())
@@ -25,10 +24,14 @@ def participants(clients: Sequence[int], fraction: float, seed: int, round: int)
 
 def drawn(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
     """A Poisson sample: each with probability `fraction`, by a coin of its own; nobody now and then."""
-    if not 0 < fraction <= 1:
-        raise FedloraError(f"the participation fraction must be in (0, 1], got {fraction}")
+    _check(fraction)
     coins = torch.rand(len(clients), generator=generator(seed, round, "participants"), dtype=torch.float64)
     return sorted(client for client, coin in zip(clients, coins.tolist(), strict=True) if coin < fraction)
+
+
+def _check(fraction: float) -> None:
+    if not 0 < fraction <= 1:
+        raise FedloraError(f"the participation fraction must be in (0, 1], got {fraction}")
 
 
 def batch_indices(n: int, batch: int, steps: int, rng: torch.Generator) -> Tensor:

@@ -163,7 +163,7 @@ def calibrate(epsilon: float, delta: float, q: float, steps: int, method: str = 
 
 
 def _spent(sigma: float, q: float, steps: int, delta: float, method: str) -> float:
-    return globals()["epsilon"]([Release(sigma, q, steps)], delta, method)
+    return epsilon([Release(sigma, q, steps)], delta, method)
 
 
 def _bracket(excess: Any, start: float) -> tuple[float, float]:

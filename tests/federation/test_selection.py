@@ -137,6 +137,17 @@ def test_the_raw_curvature_reads_images_and_is_refused_under_a_budget(tiny):
     assert all(member.ledger.releases[0].times == 6 for member in engine.members), "scoring releases nothing more"
 
 
+def test_a_filter_does_not_touch_what_is_scored(tiny):
+    """The noise's energy is taken off as the mechanism has it, not as a filter leaves it."""
+    told = []
+    for row in (ROW, ROW.but(filter="rescaled")):
+        engine, _ = federation(tiny, replace(row, work=Selected("none")), Guarding(DPSGD(1.0, 0.5)))
+        budget = replace(BUDGET, steps=1)  # the first step's gradient does not depend on filters
+        engine.setting.budget = budget
+        told.append(engine.members[0].setting.method.work.round(engine.members[0], 1)[2])
+    assert told[0] and all(torch.equal(told[0][name], told[1][name]) for name in told[0])
+
+
 def test_alternating_by_step_moves_one_factor_a_step(tiny):
     row = replace(METHODS["fedit"], schedule=by_step("B", "A"))
     engine, server = federation(tiny, row)

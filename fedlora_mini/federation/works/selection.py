@@ -34,7 +34,7 @@ STEP = 1e-3  # h of the raw second difference
 
 @dataclass
 class Recorder(Regularizer):
-    """Keeps the gradient of the last step, as the optimiser sees it, and the state it was taken at."""
+    """Keeps the gradient of the last step, as it was released, and the state it was taken at. To stand before filters."""
 
     last: State = field(default_factory=dict)
     at: State = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Selected(Work):
 
     def round(self, client: "Member", round: int) -> tuple[State, float, State]:
         own, recorder = client.setting, Recorder()
-        end, loss = client.fit(round, objective=(*own.method.objective, recorder))
+        end, loss = client.fit(round, objective=(recorder, *own.method.objective))
         guard = own.guard
         noise = guard.mechanism.noise_std / (guard.mechanism.q * len(client.data)) if guard else 0.0
         past, where = client.recall(GRADIENT), client.recall(PLACE)
