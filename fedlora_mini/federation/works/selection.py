@@ -34,7 +34,7 @@ STEP = 1e-3  # h of the raw second difference
 
 @dataclass
 class Recorder(Regularizer):
-    """Keeps the gradient of the last step, as it was released, and the state it was taken at. To stand before filters."""
+    """Keeps the last step's gradient as it was released, and where it was taken. It stands before any filter."""
 
     last: State = field(default_factory=dict)
     at: State = field(default_factory=dict)
