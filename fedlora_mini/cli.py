@@ -194,6 +194,7 @@ def network_command(args: argparse.Namespace) -> int:
     """One method, one seed, in processes of their own that talk through Flower."""
     from fedlora_mini.experiments.config import RunConfig
     from fedlora_mini.experiments.loopback import run_loopback
+    from fedlora_mini.experiments.report import privacy
 
     config = RunConfig(method=args.method, seed=args.seed, **_settings(args))
     folder = Path(args.out or f"runs/network-{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}")
@@ -206,6 +207,9 @@ def network_command(args: argparse.Namespace) -> int:
         return 130
     own = result["scores"]["personal"].items()
     _print_columns([("site", "Dice", "HD95"), *((n, f"{s['dice']:.3f}", f"{s['hd95']:.1f}") for n, s in own)])
+    if told := privacy([result]):
+        print()
+        _print_columns([tuple(told), tuple(told.values())])
     print(f"\nserver state: sha256 {result['server_sha256']}\nrun folder: {folder}")
     return 0
 

@@ -91,7 +91,10 @@ def serve(grid: "Grid", settings: Mapping[str, Any]) -> None:
 
 
 def rounds(federation: Federation, engine: Engine, asked: Mapping[int, list[int]]) -> Iterator[Round]:
-    """The rounds of a run whose clients are where `engine` finds them. asked: round -> clients, else as configured."""
+    """The rounds of a run whose clients are where `engine` finds them. asked: round -> clients, else as configured.
+
+    Under a budget the server keeps every ledger too, by what it asked for: an answer that was lost has cost as much.
+    """
     config, server, local = federation.config, federation.server, federation.engine
 
     def error_of(before: State, after: State, updates: list[Any]) -> float | None:
@@ -101,7 +104,12 @@ def rounds(federation: Federation, engine: Engine, asked: Mapping[int, list[int]
         return asked.get(round) or config.chosen(engine.clients, round)
 
     args = (local.method, engine, server, local.keys, config.rounds, config.steps, choose, error_of)
-    return federate(*args, layers=local.setting.layers)
+    for each in federation.within_budget(federate(*args, layers=local.setting.layers)):
+        if engine is not local and (guard := local.setting.guard) is not None:
+            for member in local.members:
+                if member.ledger is not None and member.number in each.clients:
+                    member.ledger.spend(guard.releases(config.steps))
+        yield each
 
 
 def lead(grid: "Grid", text: str, timeout: float, folder: Path) -> Iterator[dict[str, Any]]:
@@ -118,5 +126,7 @@ def lead(grid: "Grid", text: str, timeout: float, folder: Path) -> Iterator[dict
         {name: value.cpu().clone().contiguous() for name, value in server.state.items()}, folder / "final.safetensors"
     )
     scores = engine.scores(S.pick(server.state, lambda name: not name.startswith(OWN)))
+    told = federation.promise.told(server.round)
     seconds, digest = perf_counter() - started, S.digest([server.state])
-    yield {"event": "result", **head, "scores": {"personal": scores}, "seconds": seconds, "server_sha256": digest}
+    result = {"scores": {"personal": scores}, **told, "seconds": seconds, "server_sha256": digest}
+    yield {"event": "result", **head, **result}

@@ -93,13 +93,16 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
                 "lr": ", ".join(sorted({f"{r['config']['lr']:g}" for r in mine})),
                 "s / run": f"{np.mean([r['seconds'] for r in mine]):.0f}",
             }
-            | _privacy(mine)
+            | privacy(mine)
         )
     return pd.DataFrame(rows).set_index("method").fillna("–")
 
 
-def _privacy(runs: Sequence[Result]) -> dict[str, str]:
-    """What one image may reveal, with every number that the figure depends on; nothing without a mechanism."""
+def privacy(runs: Sequence[Result]) -> dict[str, str]:
+    """What one image or client may reveal, with every number that the figure depends on; nothing without a mechanism.
+
+    Runs that protect images and runs that protect clients do not belong together.
+    """
     told = [r["privacy"] for r in runs if "privacy" in r]
     if not told:
         return {}
@@ -113,8 +116,9 @@ def _privacy(runs: Sequence[Result]) -> dict[str, str]:
     epsilon = (
         f"{span('epsilon', '.3g')} at δ = {span('delta', 'g')} ({', '.join(sorted({p['accountant'] for p in told}))})"
     )
+    [unit] = {p["unit"].partition(" more")[0] for p in told}
     return {
-        "ε for one image": epsilon,
+        f"ε for {unit}": epsilon,
         "σ": span("sigma", ".3g"),
         "q": span("q", ".3g"),
         "releases": span("releases", "d"),

@@ -1,7 +1,7 @@
 """One run: build, federate, evaluate under three protocols; its folder can be resumed from and reported."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +24,7 @@ from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.federation import Server, federate, repartition
 from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.exchange import is_model
+from fedlora_mini.federation.loop import Round
 from fedlora_mini.metrics import evaluate, swap_drop
 from fedlora_mini.models import load_base
 from fedlora_mini.state import State
@@ -94,7 +95,7 @@ class Federation:
         server = Server(start, ranks=dict(ranks))
         return cls(config, data, model, server, engine, Watch(engine, server) if config.leakage else None)
 
-    def rounds(self) -> Any:
+    def rounds(self) -> Iterator[Round]:
         """Run the rounds that are left, up to one that a privacy budget does not allow; yields one `Round` each."""
         row, config = self.engine.method, self.config
 
@@ -110,7 +111,10 @@ class Federation:
             return chosen
 
         args = (row, self.engine, self.server, self.engine.keys, config.rounds, config.steps, choose, error_of)
-        loop = federate(*args, layers=self.engine.setting.layers)
+        yield from self.within_budget(federate(*args, layers=self.engine.setting.layers))
+
+    def within_budget(self, loop: Iterator[Round]) -> Iterator[Round]:
+        """The rounds up to one that a privacy budget does not allow."""
         while not self.promise.refuses(self.server.round + 1) and (each := next(loop, None)) is not None:
             yield each
 

@@ -36,6 +36,11 @@ def test_the_summary_prints_every_number_with_the_figure(tmp_path):
     assert "ε for one image" not in summary([{k: v for k, v in result.items() if k != "privacy"}])
 
 
+def test_the_summary_says_who_is_protected(tmp_path):
+    result = run(config(rounds=1, unit="client", fraction=0.5), tmp_path)
+    assert "ε for one client" in summary([result]).columns
+
+
 def test_without_being_asked_nothing_is_private_and_nothing_is_said(tmp_path):
     assert "privacy" not in run(config(epsilon=None), tmp_path)
 

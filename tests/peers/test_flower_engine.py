@@ -234,3 +234,28 @@ def test_a_node_that_missed_a_round_hears_of_it_in_the_next(tmp_path, name):
     assert [r["refused"] for r in records[1:-1]] == [[], ["client 1: no answer"], []]
     _, local = in_process(config, lambda round: [0, 2] if round == 2 else [0, 1, 2])
     assert S.digest(final) == S.digest(local.server.state)
+
+
+@pytest.mark.parametrize("unit", ["image", "client"])
+def test_the_result_tells_what_privacy_cost_as_the_in_process_run_does(tmp_path, unit):
+    """A node that was asked and whose answer was lost has spent as much as the others."""
+    given = {"sigma": 1.0, "accountant": "rdp", "unit": unit}
+    config = RunConfig(method="fedit", **TINY, **given)
+    _, local = in_process(config)
+    records, final, _ = over_the_wire(config, tmp_path)
+    assert S.digest(final) == S.digest(local.server.state)
+    told = records[-1]["privacy"]
+    assert told == local.promise.told(3)["privacy"] and told["epsilon"] > 0
+    wire = Wire(config, range(3))
+    wire.lost = lambda client, kind, round: client == 1 and round == "2"
+    lossy, _, _ = over_the_wire(config, tmp_path, wire)
+    assert lossy[-1]["privacy"] == told
+
+
+def test_a_run_over_a_network_stops_before_the_round_that_its_budget_does_not_allow(tmp_path):
+    config = RunConfig(method="fedit", **TINY, sigma=1.0, accountant="rdp")
+    two = in_process(config.but(rounds=2))[1].promise.told(2)["privacy"]["epsilon"]
+    records, _, _ = over_the_wire(config.but(epsilon=1.001 * two), tmp_path)
+    assert [r["event"] for r in records] == ["start", "round", "round", "result"]
+    told = records[-1]["privacy"]
+    assert told["epsilon"] == two and told["stopped"].startswith("round 3 would spend")
