@@ -120,9 +120,8 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 
 SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=exact,lam=$(lam))
 RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
-PERSONAL := local fedit fedprox dual client_tailored fdlora fedalt hydra pfedlora pfedsam fedavg ditto:lam=0 ditto ditto:lam=1 \
-  ditto:lam=10 fedbn fedrep fedas lcfed fedproto fedproto:lam=0.1 moon iop iop:keep=0.9 harmofl harmofl:alpha=0 \
-  harmofl:ratio=0 feddg feddg:contrast=0,inner=0 fedmsa
+PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop fedprox client_tailored \
+  fdlora fedalt hydra pfedlora pfedsam fedbn fedas lcfed fedproto moon fedmsa
 evidence-personal: $(READY) ## run again SOR, ResFIM and the personalised methods on phantoms (about four hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
 	$(BIN)/fedlora compare fedavg fedbn $(RESFIM) $(call CELL,1,0) --out runs/resfim_appearance
