@@ -166,6 +166,17 @@ def test_the_cheaper_factor_of_each_region_is_predicted_and_with_them_the_arm():
         near.predict(iat, "dealt")
 
 
+def test_a_difference_of_two_arms_is_expected_from_the_regions_where_they_differ():
+    iat = [record(seed, enc=(0.3, 0.1), dec=(0.05, 0.2)) for seed in range(3)]
+    encoder, decoder = (margins(iat, region).mean() for region in ("encoder", "decoder"))
+    assert near.expect(iat, "iat_own_head", "fedsa").margin == pytest.approx(encoder)
+    assert near.expect(iat, "inverse_fedsa", "fedsa").margin == pytest.approx(encoder + decoder)
+    both = near.expect(iat, "iat_own_head", "anti_own_head")
+    assert both.margin == pytest.approx(encoder - decoder) and both.factor == "B"
+    own = {region: margins(iat, region) for region in ("encoder", "decoder")}
+    assert near.expect(iat, "iat_own_head", "anti_own_head", own).margin == 0
+
+
 def test_the_observed_effect_of_a_factor_is_over_both_choices_in_the_other_region():
     found = near.effects(arms(fedsa=0.70, inverse=0.71, iat=0.76, anti=0.65))
     assert found["encoder"].mean == pytest.approx(0.06, abs=0.004)  # (.76 + .71 - .70 - .65) / 2

@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.report import Result, arms, table_of
-from fedlora_mini.experiments.stats import Difference, interval, paired_difference
+from fedlora_mini.experiments.stats import Difference, bootstrap, interval, paired_difference
 
 Table = NDArray[np.float64]
 REGIONS = ("encoder", "decoder")
@@ -86,6 +86,23 @@ def lean(records: Sequence[Result], region: str, null: Table | float = 0.0, star
     """
     d = margins(records, region, start) - null
     return Lean(float(d.mean()), *interval(d))
+
+
+def expect(
+    records: Sequence[Result], a: str, b: str, null: Mapping[str, Table | float] | None = None, start: str = "dense"
+) -> Lean:
+    """By how much arm b costs more than arm a, as a `Lean`: positive where a is predicted to be the better one.
+
+    null: region -> the margins to take away, as in `lean`. Layers are drawn for each region by itself.
+    """
+    factor = {arm: factors for factors, arm in ARM_OF.items()}
+    total, draws = 0.0, np.zeros(1)
+    for place, region in enumerate(REGIONS):
+        sign = {("B", "A"): +1, ("A", "B"): -1}.get((factor[a][place], factor[b][place]), 0)
+        d = sign * (margins(records, region, start) - (null or {}).get(region, 0.0))
+        total, draws = total + float(d.mean()), draws + bootstrap(d, seed=place)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Lean(total, float(low), float(high))
 
 
 def predict(records: Sequence[Result], start: str = "dense") -> Prediction:
