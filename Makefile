@@ -32,7 +32,7 @@ results: $(READY) ## run the main job on the embedded data (simulated, two minut
 	  --option per_site=24 --option test=32 --eval-every 4 --out runs/main
 
 html: $(READY) ## execute the chapters and build the HTML
-	$(BIN)/python book/_tools/build.py
+	OMP_NUM_THREADS=1 $(BIN)/python book/_tools/build.py
 
 book: results html ## set up, run the main job, execute the chapters, build the HTML, say where it is
 
@@ -45,9 +45,11 @@ test: $(READY) ## every test: unit, notebooks, and the browser's where Chromium 
 quick: $(READY) ## the tests to run all day (under 3 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow and not browser and not peers" -n $(JOBS) -x
 
-# One after the other: kernels that start at the same moment can choose the same ports and then never answer.
+# The build takes the outputs of this execution: book/_tools/executed.py.
 nbval: $(READY) ## run the notebooks and check their tagged outputs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval.cfg book/notebooks book/assignments/solution -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval.cfg \
+	  book/notebooks book/assignments/solution -p no:cacheprovider \
+	  -n $(JOBS) --dist loadfile
 
 browser: $(READY) ## open the built pages in Chromium with every other host blocked
 	$(BIN)/python -m pytest tests/book/test_browser.py -rs

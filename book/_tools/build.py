@@ -1,6 +1,7 @@
-"""Build the book: `python book/_tools/build.py [--no-strict] [--fresh]`.
+"""Build the book: `python book/_tools/build.py [--no-strict] [--fresh] [--jobs 2]`.
 
-The kernel gets a fixed number of threads and sees the checkout's package. Warnings are errors.
+First the chapters that have not been executed with this state of the package, some at a time, then the pages.
+A kernel gets a fixed number of threads and sees the checkout's package. Warnings are errors.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 
+import executed
+from notebooks import chapters
 from project import BUILD, ROOT, cache_path, kernel_environment, source_hash
 
 KEEP_CACHES = 3  # of earlier states of the package: going back to one of them costs nothing
@@ -41,6 +44,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-strict", action="store_true", help="let warnings pass, for a draft")
     parser.add_argument("--fresh", action="store_true", help="forget earlier pages and executed chapters first")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="chapters at the same time")
     args = parser.parse_args()
 
     if args.fresh:
@@ -55,6 +59,12 @@ def main() -> int:
     env = os.environ | kernel_environment()
     print(f"package {source_hash()}, {env['OMP_NUM_THREADS']} threads", flush=True)
     began = time.perf_counter()
+    try:
+        executed.run_missing(args.jobs)
+    except Exception as error:
+        print(f"{error}\n\nFAILED: a chapter's code does not run", file=sys.stderr)
+        return 1
+    executed.fill(chapters())
     code = subprocess.run(command, cwd=ROOT, env=env).returncode
     print(f"\n{'Built' if code == 0 else 'FAILED'} in {time.perf_counter() - began:.1f} s")
     if code == 0:

@@ -92,12 +92,13 @@ def notebook(book: Book, page: str) -> Any:
 
 def execute(nb: Any, folder: Path, timeout: int = 600) -> None:
     """Run the notebook where it will lie, and store outputs without what changes from run to run."""
+    from kernels import AsyncLocalKernel
     from nbclient import NotebookClient
 
     os.environ.update(project.kernel_environment())
     client = NotebookClient(
         nb, timeout=timeout, kernel_name="python3", store_widget_state=False, record_timing=False,
-        resources={"metadata": {"path": str(folder)}},
+        kernel_manager_class=AsyncLocalKernel, resources={"metadata": {"path": str(folder)}},
     )  # fmt: skip
     client.execute()
     nb.metadata.language_info = {"name": "python"}

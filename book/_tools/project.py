@@ -48,7 +48,7 @@ def cache_path(root: Path = ROOT) -> Path:
     return root / "build" / ".jupyter_cache" / source_hash(root)
 
 
-def kernel_environment(threads: int = 2) -> dict[str, str]:
+def kernel_environment(threads: int = 1) -> dict[str, str]:
     """Variables that a chapter's kernel inherits: a fixed number of threads, the package importable from the checkout.
 
     A number of threads that the caller's environment already states wins.
