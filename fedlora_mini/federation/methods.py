@@ -10,12 +10,13 @@ from fedlora_mini.federation.aggregation.padded import padded
 from fedlora_mini.federation.aggregation.prototypes import prototypes
 from fedlora_mini.federation.aggregation.residual import residual
 from fedlora_mini.federation.aggregation.robust import Krum, TrimmedMean, median
+from fedlora_mini.federation.aggregation.selection import Selection
 from fedlora_mini.federation.aggregation.stack import stack
 from fedlora_mini.federation.aggregation.svd import svd
 from fedlora_mini.federation.aggregation.uniform import uniform
 from fedlora_mini.federation.aggregation.weighted import weighted
 from fedlora_mini.federation.row import Method
-from fedlora_mini.federation.schedule import before, by_round, only
+from fedlora_mini.federation.schedule import as_told, before, by_round, by_step, only
 from fedlora_mini.federation.sharing import (
     all_but_head,
     all_but_norms,
@@ -36,10 +37,11 @@ from fedlora_mini.federation.works import (
     Prototypes,
     Remember,
     ResFIM,
+    Selected,
     SelfPruning,
     Style,
 )
-from fedlora_mini.regularizers import Anchor
+from fedlora_mini.regularizers import Anchor, Riemannian
 from fedlora_mini.regularizers.ascent import Ascent
 from fedlora_mini.regularizers.contrast import Contrast
 from fedlora_mini.regularizers.distill import Distill
@@ -67,6 +69,19 @@ METHODS: dict[str, Method] = {
     "flexlora": Method("FlexLoRA", "lora", everything, rule=svd, reference="bai2024flexlora"),
     "fedex": Method("FedEx-LoRA", "lora", everything, rule=residual, reference="singhal2025fedex"),
     "lora_fair": Method("LoRA-FAIR", "lora", everything, rule=Fair(), reference="bian2025lorafair"),
+    # low-rank, for private gradients: LA-LoRA's own filter is `but(filter="low-pass")`, which every row takes
+    "la_lora": Method("LA-LoRA", "lora", everything, by_step("B", "A"), reference="liu2026lalora"),
+    "la_lora_pre": Method(
+        "LA-LoRA, preconditioned",
+        "lora",
+        everything,
+        by_step("B", "A"),
+        objective=(Riemannian(1e-6),),
+        reference="liu2026lalora",
+    ),
+    "as_lora": Method(
+        "AS-LoRA", "lora", everything, as_told, rule=Selection(), work=Selected(), reference="kim2026aslora"
+    ),
     # low-rank, personal: which factor stays at the site
     "fedsa": Method("FedSA-LoRA", "lora", factors("A", "A", head=False), reference="guo2025fedsa"),
     "inverse_fedsa": Method("inverse FedSA", "lora", factors("B", "B", head=False)),

@@ -79,8 +79,11 @@ class Method:
     def but(self, **changes: Any) -> "Method":
         """The row with other numbers in its rule, objective and work: `but(lam=0.1)`. Raises if no part has it.
 
-        Every row takes `filter`, a name of `privacy.filters.FILTERS`: it replaces the row's own filters.
+        Every row takes `filter`, a name of `privacy.filters.FILTERS`: it replaces the row's own filters. A row whose
+        factors take turns takes `first`, "A" or "B".
         """
+        if "first" in changes:
+            return replace(self, schedule=self.schedule.beginning(changes.pop("first"))).but(**changes)
         if "filter" in changes:
             return self._filtered(changes.pop("filter")).but(**changes)
         parts: list[Any] = [self.rule, *self.objective, self.work]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedlora_mini.adapters.base import Key
+from fedlora_mini.errors import FedloraError, unknown
 
 Test = Callable[[Key, int, int, int], bool]
 """(tensor, round, local step, local steps of the round) -> whether it moves."""
@@ -20,11 +21,21 @@ class Schedule:
     """A predicate on (tensor, round, step, steps), with the words that the method table prints.
 
     notes: what server and clients remember; a schedule that `asks` leaves the choice of a layer's factor to the server.
+    turns: where two factors take turns, the same schedule by the factor that is first.
     """
 
     label: str
     test: Test
     asks: bool = False
+    turns: "Callable[[str], Schedule] | None" = None
+
+    def beginning(self, first: str) -> "Schedule":
+        """The same turns, with this factor first. Raises where nothing takes turns."""
+        if self.turns is None:
+            raise FedloraError(f"no factor is first where the schedule is '{self.label}'")
+        if first not in ("A", "B"):
+            raise unknown("factor", first, ("A", "B"))
+        return self.turns(first)
 
     def __call__(self, key: Key, round: int, step: int, steps: int, notes: Mapping[str, Tensor] = NOTHING) -> bool:
         return self.test(key, round, step, steps) and (not self.asks or chosen(key, notes))
@@ -55,13 +66,18 @@ def only(factor: str) -> Schedule:
     return Schedule("nothing else moves", lambda key, round, step, steps: key.region == "head" or key.factor == factor)
 
 
+def _turns(make: Callable[[str, str], Schedule], first: str, second: str) -> Callable[[str], Schedule]:
+    """Factor -> the schedule in which it is the first of the two."""
+    return lambda factor: make(first, second) if factor == first else make(second, first)
+
+
 def by_round(first: str, second: str) -> Schedule:
     """`first` in odd rounds, `second` in even ones; the head moves always."""
 
     def test(key: Key, round: int, step: int, steps: int) -> bool:
         return key.region == "head" or key.factor == (first if round % 2 else second)
 
-    return Schedule(f"{first} in odd rounds, {second} in even", test)
+    return Schedule(f"{first} in odd rounds, {second} in even", test, turns=_turns(by_round, first, second))
 
 
 def by_step(first: str, second: str) -> Schedule:
@@ -70,7 +86,7 @@ def by_step(first: str, second: str) -> Schedule:
     def test(key: Key, round: int, step: int, steps: int) -> bool:
         return key.region == "head" or key.factor == (first if step % 2 else second)
 
-    return Schedule(f"{first} in odd steps, {second} in even", test)
+    return Schedule(f"{first} in odd steps, {second} in even", test, turns=_turns(by_step, first, second))
 
 
 as_told = Schedule("one factor a layer, as the server says", lambda key, round, step, steps: True, asks=True)

@@ -11,7 +11,7 @@ from fedlora_mini.adapters import keys, prepare, trainable
 from fedlora_mini.adapters.registry import ADAPTERS
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.federation import METHODS, Budget, Request, Server, Work, federate
+from fedlora_mini.federation import METHODS, Budget, Request, Server, federate
 from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.models import build
 from fedlora_mini.privacy import DPSGD, BudgetSpent, LowPass, Release, epsilon
@@ -35,7 +35,7 @@ def advance(engine, server, rounds=2):
     return list(federate(row, engine, server, engine.keys, rounds, BUDGET.steps, everyone, layers=layers))
 
 
-FREE = [n for n, m in METHODS.items() if type(m.work) is Work and all(t.free for t in m.objective)]
+FREE = [n for n, m in METHODS.items() if m.work.free and all(t.free for t in m.objective)]
 GROUPABLE = [n for n in FREE if ADAPTERS[METHODS[n].adapter].grouped]
 ALONE = [n for n in GROUPABLE if not METHODS[n].pooled]  # a pooled client's batch holds three sites' images
 

@@ -10,17 +10,19 @@ from fedlora_mini import state as S
 from fedlora_mini.adapters import keys, prepare, trainable
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.arms import parse_arm
 from fedlora_mini.federation import METHODS, Budget, Server, Update, federate
 from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.aggregation.selection import ROUND, SCORE, Selection, probability
 from fedlora_mini.federation.exchange import is_model
 from fedlora_mini.federation.guarding import Guarding
-from fedlora_mini.federation.schedule import MODE, as_told, by_step
+from fedlora_mini.federation.schedule import MODE
 from fedlora_mini.federation.works.selection import Selected, score
 from fedlora_mini.models import build
 from fedlora_mini.privacy import DPSGD
+from fedlora_mini.privacy.filters import FILTERS
 
-ROW = replace(METHODS["fedit"], title="AS-LoRA", schedule=as_told, rule=Selection(), work=Selected())
+ROW = METHODS["as_lora"]
 BUDGET = Budget(steps=2, batch=2, lr=1e-2, optimiser="sgd", augment=False)
 
 
@@ -149,13 +151,37 @@ def test_a_filter_does_not_touch_what_is_scored(tiny):
 
 
 def test_alternating_by_step_moves_one_factor_a_step(tiny):
-    row = replace(METHODS["fedit"], schedule=by_step("B", "A"))
-    engine, server = federation(tiny, row)
-    start, member = dict(server.state), engine.members[0]
-    for steps, moves in ((1, "B"), (2, "AB")):
-        end = member.fit(1, steps=steps)[0]
-        changed = {engine.keys[n].factor for n in engine.keys if not torch.equal(end[n], start[n])}
-        assert changed & {"A", "B"} == set(moves)
+    for name, order in (("la_lora", "B"), ("la_lora_pre", "B"), ("la_lora:first=A", "A")):
+        method, change = parse_arm(name)
+        engine, server = federation(tiny, METHODS[method].but(**change))
+        start, member = dict(server.state), engine.members[0]
+        start |= {n: 0.1 * torch.ones_like(v) for n, v in start.items() if n.endswith(".B")}  # at B = 0 no A moves
+        for steps, moves in ((1, order), (2, "AB")):
+            end = member.fit(1, start, steps=steps)[0]
+            changed = {engine.keys[n].factor for n in engine.keys if not torch.equal(end[n], start[n])}
+            assert changed & {"A", "B"} == set(moves), name
+
+
+def test_a_first_step_on_a_at_b_zero_has_nothing_to_follow(tiny):
+    engine, server = federation(tiny, METHODS["la_lora"].but(first="A"))
+    end = engine.members[0].fit(1, steps=1)[0]
+    assert all(torch.equal(end[n], server.state[n]) for n in engine.keys if n.endswith((".A", ".B")))
+
+
+@pytest.mark.parametrize("name", ["fedit", "ffa", "rolora", "la_lora", "la_lora_pre", "as_lora"])
+def test_every_private_row_takes_every_filter_behind_its_own_terms(name):
+    for kind, terms in FILTERS.items():
+        row = METHODS[name].but(filter=kind)
+        assert row.objective == METHODS[name].objective + terms and row.schedule is METHODS[name].schedule
+
+
+def test_only_what_takes_turns_has_a_first_factor():
+    assert METHODS["rolora"].but(first="A", filter="low-pass").schedule.label == "A in odd rounds, B in even"
+    assert METHODS["la_lora"].but(first="B").schedule.label == METHODS["la_lora"].schedule.label
+    with pytest.raises(FedloraError, match="no factor is first"):
+        METHODS["ffa"].but(first="A")
+    with pytest.raises(FedloraError, match="unknown factor 'C'"):
+        METHODS["la_lora"].but(first="C")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from fedlora_mini.federation.aggregation.padded import padded, self_pruned_rank,
 from fedlora_mini.federation.aggregation.prototypes import prototypes
 from fedlora_mini.federation.aggregation.residual import residual
 from fedlora_mini.federation.aggregation.robust import Krum, TrimmedMean, median
+from fedlora_mini.federation.aggregation.selection import Selection
 from fedlora_mini.federation.aggregation.stack import stack
 from fedlora_mini.federation.aggregation.svd import svd
 from fedlora_mini.federation.aggregation.uniform import uniform
@@ -23,6 +24,7 @@ __all__ = [
     "Krum",
     "Nova",
     "Others",
+    "Selection",
     "TrimmedMean",
     "aggregation_error",
     "masked",

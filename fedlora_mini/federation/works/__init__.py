@@ -10,6 +10,7 @@ from fedlora_mini.federation.works.previous import Remember
 from fedlora_mini.federation.works.prototypes import Prototypes
 from fedlora_mini.federation.works.prune import SelfPruning
 from fedlora_mini.federation.works.residual import ResFIM
+from fedlora_mini.federation.works.selection import Selected
 from fedlora_mini.federation.works.style import Style
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Prototypes",
     "Remember",
     "ResFIM",
+    "Selected",
     "SelfPruning",
     "Style",
 ]
