@@ -1,6 +1,7 @@
 """Differential privacy: what no single sample, or no single client, can move by much."""
 
-from fedlora_mini.privacy.accountant import ACCOUNTANTS, Release, calibrate, epsilon, rdp
+from fedlora_mini.privacy.accountant import ACCOUNTANTS, Release, epsilon, rdp
+from fedlora_mini.privacy.calibration import calibrate
 from fedlora_mini.privacy.clip import CLIPS, clip_sum, norms
 from fedlora_mini.privacy.dpsgd import DPSGD, Guarded
 from fedlora_mini.privacy.filters import Doppler, Laplacian, LowPass, Rescale

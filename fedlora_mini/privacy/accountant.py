@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +17,10 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 
 from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.privacy.loss import epsilon_of
 
 ORDERS = (*np.arange(1.1, 11, 0.1).round(1), *range(11, 64), *(2.0**k for k in range(6, 13)))
-INTERVAL = 1e-3  # on which "pld" rounds the privacy loss up: epsilon is too large by less than a thousandth
-LARGEST = 1e4  # noise multiplier beyond which nobody looks
+INTERVAL = 1e-3  # on which "pld" rounds the loss up: epsilon grows by about (INTERVAL / the loss's deviation)^2 / 10
 
 
 @dataclass(frozen=True)
@@ -47,24 +46,31 @@ def rdp(order: float, sigma: float, q: float) -> float:
     Renyi divergence of a Poisson-subsampled Gaussian for any real order > 1; Mironov, Talwar and Zhang 2019, eq. 1. The
     trapezoidal rule is exact here to rounding: the integrand is analytic in a strip of half-width pi sigma^2.
     """
-    if not order > 1:
-        raise FedloraError(f"a Renyi order must be larger than 1, got {order}")
+    return float(_rdp(np.array([order], dtype=float), sigma, q)[0])
+
+
+def _rdp(orders: NDArray[np.float64], sigma: float, q: float) -> NDArray[np.float64]:
+    """`rdp` of several orders, on one grid."""
+    if not (orders > 1).all():
+        raise FedloraError(f"a Renyi order must be larger than 1, got {orders.min():g}")
     if q == 0:
-        return 0.0
+        return np.zeros(len(orders))
     if sigma == 0:
-        return math.inf
+        return np.full(len(orders), math.inf)
     if q == 1:
-        return order / (2 * sigma**2)
+        return orders / (2 * sigma**2)
     step = min(sigma / 8, sigma**2 / 2)
-    z = np.arange(-12 * sigma, order + 12 * sigma, step)
+    z = np.arange(-12 * sigma, orders.max() + 12 * sigma, step)
     ratio = np.logaddexp(math.log1p(-q), math.log(q) + (2 * z - 1) / (2 * sigma**2))
-    moment = logsumexp(order * ratio - z**2 / (2 * sigma**2)) + math.log(step / (sigma * math.sqrt(2 * math.pi)))
-    return max(0.0, float(moment)) / (order - 1)
+    moments = logsumexp(np.outer(orders, ratio) - z**2 / (2 * sigma**2), axis=1)  # (orders,)
+    moments += math.log(step / (sigma * math.sqrt(2 * math.pi)))
+    return np.maximum(0.0, moments) / (orders - 1)
 
 
 @lru_cache(maxsize=4096)
 def _curve(sigma: float, q: float) -> NDArray[np.float64]:
-    return np.array([rdp(float(order), sigma, q) for order in ORDERS])
+    few, many = np.array(ORDERS[:-6], dtype=float), ORDERS[-6:]  # the largest reach so far that they need own grids
+    return np.concatenate([_rdp(few, sigma, q), *(_rdp(np.array([order]), sigma, q) for order in many)])
 
 
 def _epsilon_rdp(history: Sequence[Release], delta: float) -> float:
@@ -74,24 +80,8 @@ def _epsilon_rdp(history: Sequence[Release], delta: float) -> float:
     return max(0.0, float(np.min(total + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1))))
 
 
-def _epsilon_pld(history: Sequence[Release], delta: float, interval: float = INTERVAL) -> float:
-    """The composed privacy loss distribution's, over both directions: a record added, a record removed."""
-    return float(_distribution(tuple(history), interval).get_epsilon_for_delta(delta))
-
-
-@lru_cache(maxsize=64)
-def _distribution(history: tuple[Release, ...], interval: float) -> Any:
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    first, *others = (
-        pld.from_gaussian_mechanism(
-            each.sigma, sampling_prob=each.q, value_discretization_interval=interval, use_connect_dots=True
-        ).self_compose(each.times)
-        for each in history
-    )
-    for other in others:
-        first = first.compose(other)
-    return first
+def _epsilon_pld(history: Sequence[Release], delta: float) -> float:
+    return epsilon_of(history, delta, INTERVAL)
 
 
 def _mu(history: Sequence[Release], method: str) -> float:
@@ -140,38 +130,3 @@ def epsilon(history: Iterable[Release], delta: float, method: str = "pld") -> fl
     if any(each.sigma == 0 for each in told):
         return math.inf
     return ACCOUNTANTS[method](told, delta)
-
-
-def calibrate(epsilon: float, delta: float, q: float, steps: int, method: str = "pld") -> float:
-    """The least noise multiplier sigma, to a thousandth, with which `steps` releases at rate q stay within epsilon."""
-    if not epsilon > 0:
-        raise FedloraError(f"epsilon must be positive, got {epsilon}")
-    if steps < 1:
-        raise FedloraError(f"calibration needs at least one step, got {steps}")
-    if not 0 < q <= 1:
-        raise FedloraError(f"the sampling rate q must be in (0, 1], got {q}")
-
-    def excess(log_sigma: float) -> float:
-        spent = _spent(math.exp(log_sigma), q, steps, delta, method)
-        return math.log(max(spent, 1e-9) / epsilon) if math.isfinite(spent) else 50.0
-
-    low, high = _bracket(excess, math.log(max(0.3, q * math.sqrt(steps) / epsilon)))
-    found = math.exp(brentq(excess, low, high, xtol=2e-4))
-    while _spent(found, q, steps, delta, method) > epsilon:  # brentq may end on the wrong side
-        found *= 1.0003
-    return found
-
-
-def _spent(sigma: float, q: float, steps: int, delta: float, method: str) -> float:
-    return epsilon([Release(sigma, q, steps)], delta, method)
-
-
-def _bracket(excess: Any, start: float) -> tuple[float, float]:
-    """Two points around the root of a decreasing function, from a guess."""
-    step, sign, low = 0.25, excess(start) > 0, start
-    while (excess(low + (step if sign else -step)) > 0) == sign:
-        low += step if sign else -step
-        step *= 2
-        if low > math.log(LARGEST):
-            raise FedloraError("no noise multiplier below 10,000 reaches this epsilon")
-    return (low, low + step) if sign else (low - step, low)
