@@ -7,10 +7,26 @@ is larger than claimed, and the mechanism or its account is broken. Chapter 19.
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import beta, binom
+from scipy.stats import beta, binom, norm
 
 from fedlora_mini.errors import FedloraError
+
+
+def ceiling(fpr: ArrayLike, epsilon: float, delta: float = 0.0) -> NDArray[np.float64]:
+    """The largest TPR that (epsilon, delta) leaves an attack with this FPR: the lesser of the two accusations' bounds.
+
+    min(e^eps FPR + delta, 1 - e^-eps (1 - delta - FPR)), and at most 1. Wasserman and Zhou 2010; Kairouz et al. 2015.
+    """
+    f = np.asarray(fpr, dtype=float)
+    inside, outside = math.exp(epsilon) * f + delta, 1 - math.exp(-epsilon) * (1 - delta - f)
+    return np.clip(np.minimum(inside, outside), 0.0, 1.0)
+
+
+def gaussian_ceiling(fpr: ArrayLike, mu: float) -> NDArray[np.float64]:
+    """Phi(Phi^-1(FPR) + mu): the best attack on N(0, 1) against N(mu, 1). Neyman and Pearson; Dong et al. 2022."""
+    return np.asarray(norm.cdf(norm.ppf(np.asarray(fpr, dtype=float)) + mu))
 
 
 def lower_bound(
@@ -21,20 +37,33 @@ def lower_bound(
     Every game is a run of its own. TPR and FPR are replaced by their one-sided Clopper and Pearson bounds, each at half
     of the error, which serve both accusations, "in" and "out". 0 if nothing is ruled out. Jagielski et al. 2020.
     """
+    low, high = _rates(hits, members, alarms, strangers, confidence)
+    best = 0.0
+    for right, wrong in ((low, high), (1 - high, 1 - low)):  # who is accused of being in, and of being out
+        if right > delta:
+            best = max(best, math.log((right - delta) / wrong))
+    return best
+
+
+def gaussian_bound(hits: int, members: int, alarms: int, strangers: int, confidence: float = 0.95) -> float:
+    """The largest mu that the counts rule out if the mechanism is a Gaussian one: Phi^-1(TPR) - Phi^-1(FPR).
+
+    For claims of that form, which is any number of Gaussian releases without sampling (mu^2 = sum of 1 / sigma^2), it
+    is much nearer to the truth than `lower_bound`, because it asks for the whole curve. Nasr et al. 2023.
+    """
+    low, high = _rates(hits, members, alarms, strangers, confidence)
+    return max(0.0, float(norm.ppf(low) - norm.ppf(high))) if low > 0 and high < 1 else 0.0
+
+
+def _rates(hits: int, members: int, alarms: int, strangers: int, confidence: float) -> tuple[float, float]:
+    """TPR at least, FPR at most: one-sided Clopper and Pearson bounds, each at half of the error."""
     for name, some, of in (("hits", hits, members), ("alarms", alarms, strangers)):
         if not 0 <= some <= of or of < 1:
             raise FedloraError(f"{name} must be between 0 and {of}, of at least one game, got {some}")
     tail = (1 - _share(confidence)) / 2
-    best = 0.0
-    for right, of, wrong, out_of in (
-        (hits, members, alarms, strangers),
-        (strangers - alarms, strangers, members - hits, members),
-    ):
-        low = float(beta.ppf(tail, right, of - right + 1)) if right else 0.0
-        high = float(beta.ppf(1 - tail, wrong + 1, out_of - wrong)) if wrong < out_of else 1.0
-        if low > delta:
-            best = max(best, math.log((low - delta) / high))
-    return best
+    low = float(beta.ppf(tail, hits, members - hits + 1)) if hits else 0.0
+    high = float(beta.ppf(1 - tail, alarms + 1, strangers - alarms)) if alarms < strangers else 1.0
+    return low, high
 
 
 def one_run_bound(correct: int, guesses: int, canaries: int, delta: float = 0.0, confidence: float = 0.95) -> float:

@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import norm
 
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.privacy import Release, epsilon
-from fedlora_mini.privacy.audit import chance_of, lower_bound, one_run_bound
+from fedlora_mini.privacy import Release, calibrate, epsilon
+from fedlora_mini.privacy.audit import ceiling, chance_of, gaussian_bound, gaussian_ceiling, lower_bound, one_run_bound
 
 
 def randomised_response(eps, n, rng):
@@ -95,3 +95,38 @@ def test_the_chance_is_the_papers_sum_written_as_a_loop():
 def test_bad_counts_are_named(call, message):
     with pytest.raises(FedloraError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("eps", "delta"), [(0.5, 0.0), (1.0, 1e-2), (3.0, 1e-5)])
+def test_no_attack_on_a_gaussian_is_above_the_ceiling_of_its_epsilon_and_one_touches_it(eps, delta):
+    fpr = np.linspace(0, 1, 2001)
+    assert (np.diff(ceiling(fpr, eps, delta)) >= 0).all() and ceiling(1.0, eps, delta) == 1
+    if not delta:
+        told = np.array([0.0, 1 / (1 + math.exp(eps)), 1.0])  # randomised response reaches it
+        assert ceiling(told, eps) == pytest.approx([0, 1 / (1 + math.exp(-eps)), 1])
+        return
+    mu = 1 / calibrate(eps, delta, 1.0, 1, "gdp")
+    fine = norm.cdf(np.linspace(-8, 8, 20_001))
+    gap = ceiling(fine, eps, delta) - gaussian_ceiling(fine, mu)
+    assert -1e-6 < gap.min() < 1e-4
+
+
+def test_the_gaussian_bound_comes_near_the_truth_where_the_other_does_not():
+    sigma, n, rng = 1.5, 4000, np.random.default_rng(3)
+    z = rng.standard_normal((2, n)) * sigma
+    hits, alarms = int((z[0] + 1 > 0.5).sum()), int((z[1] > 0.5).sum())
+    mu = gaussian_bound(hits, n, alarms, n)
+    exact, found = (epsilon([Release(s)], 1e-5, "gdp") for s in (sigma, 1 / mu))
+    assert 0.8 * exact < found < exact and lower_bound(hits, n, alarms, n, 1e-5) < 0.4 * exact
+
+
+def test_the_gaussian_bound_exceeds_the_truth_no_more_often_than_promised():
+    rng, above, n = np.random.default_rng(4), 0, 300
+    for _ in range(400):
+        hits, alarms = (int((rng.standard_normal(n) + shift > 0.3).sum()) for shift in (0.7, 0.0))
+        above += gaussian_bound(hits, n, alarms, n, 0.9) > 0.7
+    assert above / 400 < 0.1 + 3 * math.sqrt(0.09 / 400)
+
+
+def test_counts_that_say_nothing_give_no_bound():
+    assert gaussian_bound(0, 10, 0, 10) == 0 == gaussian_bound(10, 10, 10, 10) == gaussian_bound(5, 10, 6, 10)
