@@ -12,7 +12,7 @@ from fedlora_mini.experiments.report import arms, difference_table, markdown, re
 from fedlora_mini.experiments.run import run
 
 RESULTS = Path(__file__).parents[2] / "results"
-OTHERS = ("fewshot", "nearness", "network")  # files whose lines are not runs of `fedlora compare`
+OTHERS = ("fewshot", "nearness", "network", "raters")  # files whose lines are not runs of `fedlora compare`
 FILES = sorted(path for path in RESULTS.glob("*.jsonl") if not path.stem.startswith(OTHERS))
 FEWSHOT = sorted(RESULTS.glob("fewshot_*.jsonl"))
 
