@@ -4,13 +4,13 @@ They see the released gradient and nothing else, so they cost no privacy. Those 
 features, of A (r, n) its rows and of B (m, r) its columns, never across the rank. methods.md card 5.3.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fedlora_mini.chance import seeded
@@ -18,13 +18,14 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.state import State
 
+AXES = {"A": 1, "B": 0}  # of the features
 TAPS = {3: (1, 2, 1), 5: (1, 4, 6, 4, 1), 7: (1, 6, 15, 20, 15, 6, 1)}
 
 
 def along_features(gradient: State, context: Context, change: Callable[[str, Tensor, int], Tensor]) -> None:
     """Put change(name, g, axis) in the place of every factor's gradient; the head and other tensors stay."""
     for name in gradient:
-        axis = {"A": 1, "B": 0}.get(context.keys[name].factor)
+        axis = AXES.get(context.keys[name].factor)
         if axis is not None:
             gradient[name] = change(name, gradient[name], axis)
 
@@ -38,18 +39,36 @@ def kernel(taps: int) -> Tensor:
     return weights / weights.sum()
 
 
+@cache
+def neighbours(n: int, taps: int) -> Tensor:
+    """(taps, n): which entries each output is made of. Mirrored beyond the edges, edge included, as often as needed."""
+    ring = (torch.arange(n) + torch.arange(-(taps // 2), taps // 2 + 1).unsqueeze(1)) % (2 * n)
+    return torch.where(ring < n, ring, 2 * n - 1 - ring)  # ... 1 0 | 0 1 ... n-1 | n-1 n-2 ...
+
+
 def smooth(value: Tensor, axis: int, taps: int = 5) -> Tensor:
-    """Convolve a matrix with the binomial kernel along one axis; beyond the edge it is mirrored, edge included.
+    """Convolve a matrix with the binomial kernel along one axis, mirrored at the edges.
 
     Frequency response cos(omega / 2)^(taps - 1); variance of white noise times sum w^2 = 70/256 at five taps. A
-    constant stays. An axis shorter than the kernel's half is mirrored as often as needed.
+    constant stays.
     """
-    rows = value.movedim(axis, -1)
-    half, n = taps // 2, rows.shape[-1]
-    ring = torch.arange(-half, n + half, device=value.device) % (2 * n)  # ... 1 0 | 0 1 ... n-1 | n-1 n-2 ...
-    padded = rows[..., torch.where(ring < n, ring, 2 * n - 1 - ring)]
-    weights = kernel(taps).to(value).view(1, 1, -1)
-    return F.conv1d(padded.reshape(-1, 1, n + 2 * half), weights).view(rows.shape).movedim(-1, axis)
+    near = value.movedim(axis, -1)[..., neighbours(value.shape[axis], taps).to(value.device)]  # (…, taps, n)
+    return (kernel(taps).to(value) @ near).movedim(-1, axis)
+
+
+@lru_cache(maxsize=64)
+def _gather(factors: tuple[tuple[str, tuple[int, ...], int], ...], taps: int, permuted: bool, device: str) -> Tensor:
+    """(taps, entries of all factors): `neighbours` among the factors' entries laid end to end: one look-up for all."""
+    parts, begin = [], 0
+    for name, shape, axis in factors:
+        n, entries = shape[axis], torch.arange(begin, begin + math.prod(shape)).view(shape)
+        near = neighbours(n, taps)
+        if permuted:
+            order = torch.randperm(n, generator=seeded(f"permuted filter {name}"))
+            near = order[near][:, torch.argsort(order)]
+        parts.append(torch.stack([entries.index_select(axis, row).flatten() for row in near]))
+        begin += entries.numel()
+    return torch.cat(parts, 1).to(device)
 
 
 @dataclass(frozen=True)
@@ -68,13 +87,21 @@ class LowPass(Regularizer):
         kernel(self.taps)
 
     def gradient_(self, gradient: State, state: State, context: Context) -> None:
-        along_features(gradient, context, self._smooth)
+        axes = {name: AXES[context.keys[name].factor] for name in gradient if context.keys[name].factor in AXES}
+        if not axes:
+            return
+        told = tuple((name, tuple(gradient[name].shape), axis) for name, axis in axes.items())
+        flat = torch.cat([gradient[name].flatten() for name in axes])
+        out = kernel(self.taps).to(flat) @ flat[_gather(told, self.taps, self.permuted, str(flat.device))]
+        for (name, shape, _), part in zip(told, out.split([math.prod(shape) for _, shape, _ in told]), strict=True):
+            gradient[name] = part.view(shape)
 
-    def _smooth(self, name: str, g: Tensor, axis: int) -> Tensor:
-        if not self.permuted:
-            return smooth(g, axis, self.taps)
-        order = torch.randperm(g.shape[axis], generator=seeded(f"permuted filter {name}")).to(g.device)
-        return smooth(g.index_select(axis, order), axis, self.taps).index_select(axis, torch.argsort(order))
+
+@cache
+def ring_gain(n: int, strength: float) -> Tensor:
+    """What (I - strength * Delta)^(-1) does to each of n // 2 + 1 frequencies of a ring of n."""
+    turns = torch.arange(n // 2 + 1, dtype=torch.float64) / n
+    return 1 / (1 + strength * (2 - 2 * torch.cos(2 * torch.pi * turns)))
 
 
 @dataclass(frozen=True)
@@ -94,9 +121,7 @@ class Laplacian(Regularizer):
 
     def _smooth(self, name: str, g: Tensor, axis: int) -> Tensor:
         n = g.shape[axis]
-        turns = torch.arange(n // 2 + 1, device=g.device, dtype=torch.float64) / n
-        gain = 1 / (1 + self.strength * (2 - 2 * torch.cos(2 * torch.pi * turns)))
-        spectrum = torch.fft.rfft(g.movedim(axis, -1)) * gain.to(g.dtype)
+        spectrum = torch.fft.rfft(g.movedim(axis, -1)) * ring_gain(n, self.strength).to(g)
         return torch.fft.irfft(spectrum, n=n).movedim(-1, axis)
 
 

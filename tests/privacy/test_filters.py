@@ -44,6 +44,15 @@ def test_smoothing_is_a_binomial_convolution_with_mirrored_edges(taps, n):
     assert np.allclose(smooth(x.T, 0, taps).numpy(), expected.T, atol=1e-14)
 
 
+@pytest.mark.parametrize("taps", TAPS)
+def test_all_factors_in_one_look_up_are_each_smoothed_alone(taps):
+    g = gradient(n=7, m=2)
+    out = filtered(LowPass(taps), g)
+    assert torch.allclose(out["encoder.A"], smooth(g["encoder.A"], 1, taps), atol=1e-14)
+    assert torch.allclose(out["encoder.B"], smooth(g["encoder.B"], 0, taps), atol=1e-14)
+    assert filtered(LowPass(taps), {"head.D": g["head.D"]})["head.D"] is g["head.D"]
+
+
 def test_white_noise_keeps_70_of_256_of_its_variance():
     x = torch.randn(4, 200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert smooth(x, 1).var() == pytest.approx(70 / 256, rel=0.01)
