@@ -5,6 +5,15 @@ Nothing in the library imports this package: anywidget and ipywidgets load when 
 
 from .base import PageWidget
 from .leakage import SubspaceLeakage
+from .product_noise import ProductNoise, product_density
 from .soft_threshold import SoftThreshold, proximal_path, soft_threshold
 
-__all__ = ["PageWidget", "SoftThreshold", "SubspaceLeakage", "proximal_path", "soft_threshold"]
+__all__ = [
+    "PageWidget",
+    "ProductNoise",
+    "SoftThreshold",
+    "SubspaceLeakage",
+    "product_density",
+    "proximal_path",
+    "soft_threshold",
+]
