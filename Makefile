@@ -122,13 +122,14 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 
 SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=exact,lam=$(lam))
 RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
-PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop fedprox client_tailored \
-  fdlora fedalt hydra pfedlora pfedsam fedbn fedas lcfed fedproto moon fedmsa
+PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop
+MORE := fedbn fedproto fedalt fdlora moon
 evidence-personal: $(READY) ## run again SOR, ResFIM and the personalised methods on phantoms (about four hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
 	$(BIN)/fedlora compare fedavg fedbn $(RESFIM) $(call CELL,1,0) --out runs/resfim_appearance
 	$(BIN)/fedlora compare $(PERSONAL) $(BOTH) --out runs/personal_both
-	for name in sor_both resfim_appearance personal_both; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	$(BIN)/fedlora compare $(MORE) $(BOTH) --out runs/personal_more
+	for name in sor_both resfim_appearance personal_both personal_more; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1
