@@ -15,7 +15,7 @@ import pytest
 
 from fedlora_mini.adapters import ADAPTERS
 from fedlora_mini.federation import METHODS
-from fedlora_mini.widgets import SoftThreshold, SubspaceLeakage
+from fedlora_mini.widgets import ProductNoise, SoftThreshold, SubspaceLeakage
 
 HTML = Path(__file__).resolve().parents[2] / "build" / "_build" / "html"
 PAGES = sorted(
@@ -208,6 +208,34 @@ def test_the_leakage_page_s_widget_shows_what_the_library_computes(browser: Any,
             assert cells == pytest.approx([c[key] for key in names for c in columns if key in c], abs=6e-4)
             assert widget.locator("svg").first.locator("line.fl-now").count() == state.rank, "a fan for every angle"
         assert (state.theta, state.rank, state.sites, state.lam, state.step) == (60.0, 4, 7, 3.0, 17)
+        assert not [url for url in visit.requests if not url.startswith((base, "data:", "blob:"))]
+        assert not visit.errors
+
+
+def test_the_noise_page_s_widget_shows_what_the_library_computes(browser: Any, base: str) -> None:
+    """From the chapter's settings, one slider after another: the sentence and the table. Alternating equals half."""
+    ranks = [2, 4, 8, 16, 32]
+    state = ProductNoise(sigma_B=0.02, sigma_A=0.02, rank=8, norm_B=2.0, norm_A=2.0, steps=20)
+    moves = (("sigma_B", 2), ("sigma_A", 3), ("rank", 1), ("norm_B", 3), ("norm_A", 1), ("steps", 4))
+    with Visit(browser, f"{base}/16_noise_in_ba.html") as visit:
+        widget = visit.page.locator(".fl-widget")
+        assert widget.count() == 1 and widget.locator("svg").count() == 3
+        for i, (name, presses) in enumerate(moves):
+            slider = widget.locator("input[type=range]").nth(i)
+            slider.focus()
+            for _ in range(presses):
+                visit.page.keyboard.press("ArrowRight")
+            value = float(slider.input_value())
+            setattr(state, name, ranks[int(value)] if name == "rank" else int(value) if name == "steps" else value)
+            expected = state.result
+            text = widget.locator("[aria-live]").inner_text()
+            assert f"r = {state.rank}, K = {state.steps}." in text
+            assert all(f"{arm} {total:.3f}" in text for arm, total in expected["total"].items())
+            cells = [float(x) for x in widget.locator("td").all_inner_texts()]
+            rows = [[*expected["terms"][a], expected["total"][a], expected["snr"][a]] for a in expected["total"]]
+            assert cells == pytest.approx([x for row in rows for x in row], abs=6e-4)
+            assert cells[5:9] == cells[10:14], "alternating, and half as many of both"
+        assert (state.sigma_B, state.sigma_A, state.rank, state.steps) == (0.03, 0.035, 16, 28)
         assert not [url for url in visit.requests if not url.startswith((base, "data:", "blob:"))]
         assert not visit.errors
 
