@@ -85,8 +85,9 @@ def _progress(title: str, rounds: int) -> Callable[[dict[str, Any]], None]:
             bar.write(f"round {record['round']}: refused {line}", file=sys.stderr)
         if record["loss"] is not None:
             shown["loss"] = f"{record['loss']:.3f}"
-        if "val_dice" in record:
-            shown["Dice"] = f"{record['val_dice']:.3f}"
+        for name, what in (("val_dice", "Dice"), ("val_accuracy", "accuracy")):
+            if name in record:
+                shown[what] = f"{record[name]:.3f}"
         bar.n = record["round"]
         bar.set_postfix(shown)
         if record["round"] == rounds:
@@ -266,6 +267,13 @@ def fewshot_command(args: argparse.Namespace) -> None:
     print(f"tables: {text}\npictures: {', '.join(map(str, pictures))}")
 
 
+def private_command_of(args: argparse.Namespace) -> None:
+    """Who moves which factor when, with which filter, under one budget."""
+    from fedlora_mini.experiments.private_command import act
+
+    act(args, _progress)
+
+
 def report_command(args: argparse.Namespace) -> None:
     """Tables and a figure of finished runs."""
     from fedlora_mini.experiments.report import read_results
@@ -403,6 +411,13 @@ def parser() -> argparse.ArgumentParser:
     few.add_argument("--change", action="append", default=[], metavar="NAME=VALUE", help="an option of the regulariser")
     few.add_argument("--threads", type=int, default=1)
     few.add_argument("--out", metavar="FOLDER", help="where to write [runs/fewshot-…]")
+
+    from fedlora_mini.experiments import private_command
+
+    private = add(
+        "private", private_command_of, "private adaptation: arms by filter at one epsilon", private_command.EXAMPLES
+    )
+    private_command.add_arguments(private)
 
     report = add(
         "report", report_command, "tables and a figure of finished runs", "example: fedlora report results/a.jsonl"

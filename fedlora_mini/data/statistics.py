@@ -13,11 +13,21 @@ if TYPE_CHECKING:
 def describe(split: Split) -> dict[str, float]:
     """Intensity mean and std, foreground share, empty share, objects an image and their mean area in pixels.
 
-    An object is a connected component of one class (faces touch). IGNORE counts neither as object nor as pixel.
+    An object is a connected component of one class (faces touch). IGNORE counts neither as object nor as pixel. Where
+    an image has one label: how many classes there are, and the share of the largest.
     """
     from scipy.ndimage import label
 
     masks = split.masks.numpy()
+    if split.labelled:
+        count = np.bincount(masks)
+        return {
+            "images": float(len(split)),
+            "intensity_mean": float(split.images.mean()),
+            "intensity_std": float(split.images.std()),
+            "classes": float((count > 0).sum()),
+            "largest_class": float(count.max() / count.sum()),
+        }
     judged = masks != IGNORE
     objects, area = 0, 0
     for mask in masks:

@@ -15,17 +15,20 @@ from fedlora_mini.federation.exchange import Request, Server, Update, is_model
 from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.member import Member, Setting, on
 from fedlora_mini.federation.row import Method, Work
+from fedlora_mini.privacy.dpsgd import GuardedGroup
 from fedlora_mini.state import State
 
 EXECUTIONS = ("auto", "sequential", "grouped")
 SMALL = 4
+SMALL_PRIVATE = 64
 
 
 class LocalEngine:
     """`model` is prepared for the method's adapter; `data[k]` is client k's training split.
 
     execution: "sequential", "grouped" (equal to it up to rounding), or "auto" = grouped where it can be and pays: on an
-    accelerator, and on a CPU up to batches of SMALL, beyond which the loop is faster (benchmarks/README.md).
+    accelerator, and on a CPU up to batches of SMALL, beyond which the loop is faster (benchmarks/README.md); under
+    privacy every image has factors of its own anyway, so that it pays up to SMALL_PRIVATE.
     ranks: of clients that adapt with fewer directions than the model has. guard: makes all gradients private.
     """
 
@@ -61,11 +64,10 @@ class LocalEngine:
         work = type(method.work)
         plain = work.round is Work.round and all(term.grouped for term in method.objective)
         plain = plain and not getattr(method.rule, "folds", False)  # frozen weights have no group axis
-        plain = plain and guard is None  # every client draws batches of its own sizes
         same = len({budget.of(len(member.data)).steps for member in self.members}) == 1 and not ranks
         if execution == "grouped" and not (plain and same):
             raise FedloraError(f"'{method.title}' lets clients work one after the other: use execution 'sequential'")
-        pays = self.device.type != "cpu" or budget.batch <= SMALL
+        pays = self.device.type != "cpu" or budget.batch <= (SMALL if guard is None else SMALL_PRIVATE)
         self.grouped = can and plain and same and pays if execution == "auto" else execution == "grouped"
 
     @property
@@ -104,8 +106,13 @@ class LocalEngine:
             parts = [draw(step) for draw in draws]
             return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
+        guarded = [each for member in members if (each := member.guarded(round, budget, "batches")) is not None]
+        guard = GuardedGroup(guarded, draws) if guarded and len(members) > 1 else next(iter(guarded), None)
+        if isinstance(guard, GuardedGroup):
+            batches = guard.batches
         starts, kept = [member.tensors for member in members], [member.notes for member in members]
-        ends, losses = train(own.model, own.method, own.keys, starts, batches, budget, round, own.precision, kept=kept)
+        args = (own.model, own.method, own.keys, starts, batches, budget, round, own.precision)
+        ends, losses = train(*args, kept=kept, guard=guard)
         yield from (m.close(end, loss, round) for m, end, loss in zip(members, ends, losses, strict=True))
 
     def personal(self, client: int, server: Server) -> State:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import parse_arm
 from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.run import dataset_of, run
+from fedlora_mini.experiments.run import METRICS, dataset_of, run
 
 SEARCH_SEED = 1000  # the search for a learning rate sees other splits and other batches than any reported seed
 
@@ -29,6 +29,11 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def validation(record: dict[str, Any]) -> float:
+    """A finished run's score on validation data: Dice, or accuracy."""
+    return next(record[f"val_{metric}"] for metric in METRICS.values() if f"val_{metric}" in record)
+
+
 @dataclass
 class Comparison:
     """Runs under `folder`, one sub-folder each, so that an interrupted comparison goes on where it stopped.
@@ -43,6 +48,8 @@ class Comparison:
     folder: Path
     rates: Sequence[float] = ()  # a grid: every method searches it on validation data of SEARCH_SEED
     on_run: Callable[[RunConfig], Callable[[dict[str, Any]], None]] = lambda config: lambda record: None
+    search_seeds: Sequence[int] = (SEARCH_SEED,)
+    searched: list[dict[str, Any]] = field(default_factory=list)  # the search's runs, once it is over
     _data: tuple[int, Dataset] | None = None
 
     def run(self) -> list[dict[str, Any]]:
@@ -59,8 +66,12 @@ class Comparison:
         return results
 
     def _search(self, config: RunConfig) -> RunConfig:
-        """The rate with the best personal validation Dice; ties go to the smaller one."""
-        tried = {rate: self._one(config.but(seed=SEARCH_SEED, lr=rate))["val_dice"] for rate in sorted(self.rates)}
+        """The rate with the best personal validation score; ties go to the smaller one."""
+        tried: dict[float, float] = {}
+        for rate in sorted(self.rates):
+            records = [self._one(config.but(seed=seed, lr=rate)) for seed in self.search_seeds]
+            self.searched += records
+            tried[rate] = sum(map(validation, records)) / len(records)
         return config.but(lr=max(tried, key=lambda rate: tried[rate]))
 
     def _one(self, config: RunConfig) -> dict[str, Any]:

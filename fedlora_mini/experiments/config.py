@@ -38,7 +38,7 @@ class RunConfig:
     rank: int = 4
     ranks: list[int] = field(default_factory=list)  # by client, in a circle, where the rule takes unequal ranks
     alpha: float | None = None
-    rounds: int = 10
+    rounds: int = 10  # 0 = nothing is trained: the base under a new head
     steps: int = 10
     passes: float | None = None  # local steps by each client's data instead: so many times through it
     batch: int = 8
@@ -73,8 +73,8 @@ class RunConfig:
             raise unknown("device", self.device, DEVICES)
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
-        if self.rounds < 1:
-            raise FedloraError(f"rounds must be at least 1, got {self.rounds}")
+        if self.rounds < 0:
+            raise FedloraError(f"rounds must be at least 0, got {self.rounds}")
         if self.clients is not None and self.dirichlet is None:
             raise FedloraError("clients needs dirichlet: without it every site is one client")
         self.budget  # noqa: B018  raises for a bad one

@@ -1,6 +1,7 @@
 """One run: build, federate, evaluate under three protocols; its folder can be resumed from and reported."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,10 +26,13 @@ from fedlora_mini.federation import Server, federate, repartition
 from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.exchange import is_model
 from fedlora_mini.federation.loop import Round
-from fedlora_mini.metrics import evaluate, swap_drop
+from fedlora_mini.metrics import evaluate, recognise, swap_drop
+from fedlora_mini.metrics.rank import pairs
 from fedlora_mini.models import load_base
 from fedlora_mini.state import State
+from fedlora_mini.thin import norm2
 
+METRICS = {"segmentation": "dice", "classification": "accuracy"}  # what a search looks at
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -48,7 +52,8 @@ def dataset_of(config: RunConfig) -> Dataset:
     data = load(config.data, size=config.size, seed=config.seed, sites=sites, unseen=config.unseen, **own)
     if config.dirichlet is None:
         return data
-    return repartition(data, config.clients or len(data.sites), config.dirichlet, config.seed)
+    by = "label" if data.task == "classification" else "site"
+    return repartition(data, config.clients or len(data.sites), config.dirichlet, config.seed, by)
 
 
 @dataclass
@@ -135,6 +140,8 @@ class Federation:
 
         def scores(state: State, split: Split, notes: State) -> dict[str, Any]:
             seen = replace(split, images=engine.method.images(split.images, notes))
+            if seen.labelled:
+                return asdict(recognise(self.model, state, seen, names))
             return asdict(evaluate(self.model, state, seen, names, hd95))
 
         if "personal" in wanted:
@@ -161,12 +168,24 @@ class Federation:
             out["new site"] = new
         return out
 
+    def validate(self) -> dict[str, float]:
+        """The mean over sites of their own models' scores on validation data, under its name in records."""
+        personal = self.evaluate("val", hd95=False, protocols=("personal",))["personal"]
+        metric = METRICS[self.data.task]
+        return {f"val_{metric}": mean_over_sites(personal, metric)}
+
     def look(self) -> dict[str, Any]:
         """Site -> what the row's work says of its client, under "work"; nothing if it has nothing to say."""
         engine = self.engine
         members = [engine.members[self.client_of(k)] for k in range(len(self.data.sites))]
         found = [engine.method.work.look(engine.personal(m.number, self.server), m) for m in members]
         return {"work": dict(zip((site.name for site in self.data.sites), found, strict=True))} if all(found) else {}
+
+    def product(self) -> float:
+        """log sum ||ΔW||_F^2 over the layers with thin factors of the server's model; -inf while B = 0."""
+        thin = pairs(self.model, {name: value.double() for name, value in self.server.state.items()})
+        energy = sum(float(norm2(P, Q)) for P, Q in thin.values())
+        return math.log(energy) if energy else -math.inf
 
     def states(self) -> dict[str, State]:
         """The final bytes: the server's state and every client's private part."""
@@ -209,8 +228,7 @@ def run(
         if config.leakage:
             record["leakage"] = federation.leakage
         if config.eval_every and (each.round % config.eval_every == 0 or each.round == config.rounds):
-            personal = federation.evaluate("val", hd95=False, protocols=("personal",))["personal"]
-            record["val_dice"] = mean_over_sites(personal)
+            record |= federation.validate()
         records.append(record)
         save_checkpoint(checkpoint, server, engine, records)
         write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
@@ -249,14 +267,27 @@ def _leakage(federation: Federation, rounds: list[dict[str, Any]]) -> dict[str, 
     return {"leakage": out}
 
 
+def _model(federation: Federation, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Under privacy also "server", of the model itself: the log of ||ΔW||_F^2, the mean aggregation error, KB up."""
+    if not federation.config.private:
+        return {}
+    errors = [r["agg_err"] for r in rounds if r["agg_err"] is not None]
+    told = {
+        "energy": federation.product(),
+        "agg_err": sum(errors) / len(errors) if errors else 0.0,
+        "kb_up": sum(r["bytes_up"] for r in rounds) / 1e3,
+    }
+    return {"server": {"model": told}}
+
+
 def _result(federation: Federation, records: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """The line that stands in `results/`: provenance, costs per round, scores on test data."""
     rounds = [record for record in records if record["event"] == "round"]
     return {
         "event": "result",
         **{key: value for key, value in records[0].items() if key != "event"},
-        "scores": federation.evaluate("test") | federation.look(),
-        "val_dice": mean_over_sites(federation.evaluate("val", hd95=False, protocols=("personal",))["personal"]),
+        "scores": federation.evaluate("test") | federation.look() | _model(federation, rounds),
+        **federation.validate(),
         "private_in_common_model": "weighted mean",
         "trained": S.count(federation.server.state),
         "sites": {site.name: site.sizes() for site in (*federation.data.sites, *federation.data.unseen)},

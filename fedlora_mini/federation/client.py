@@ -14,8 +14,8 @@ from fedlora_mini.adapters.base import Adapter, Key, adapters, call
 from fedlora_mini.adapters.features import embed, statistic
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.row import Method
-from fedlora_mini.losses import segmentation_loss
-from fedlora_mini.privacy.dpsgd import Guarded
+from fedlora_mini.losses import task_loss
+from fedlora_mini.privacy.dpsgd import Guarded, GuardedGroup
 from fedlora_mini.regularizers import Context, Regularizer
 from fedlora_mini.regularizers.base import EMPTY
 from fedlora_mini.state import State
@@ -103,17 +103,17 @@ def train(
     precision: str = "float32",
     stop: Stop = lambda step, losses: False,
     kept: Sequence[Mapping[str, Tensor]] = (),
-    guard: Guarded | None = None,
+    guard: Guarded | GuardedGroup | None = None,
 ) -> tuple[list[State], list[float]]:
     """K start states -> K end states and K mean losses.
 
     With K > 1 the states are stacked and every factor carries a group axis of K; the loss is the sum of the clients'
     mean losses, so that no client's gradient sees another's data. The optimiser starts anew each round. `kept`: every
-    client's notes, for the terms that read them. guard: what makes the one client's gradients private; then the loss is
-    not told, and batches may be empty.
+    client's notes, for the terms that read them. guard: what makes the clients' gradients private; then the loss is
+    not told, and batches may be empty and of unequal sizes.
     """
     K, grouped, terms = len(states), len(states) > 1, method.objective
-    if grouped and (alone := [term.label for term in terms if not term.grouped] + ["privacy"] * (guard is not None)):
+    if grouped and (alone := [term.label for term in terms if not term.grouped]):
         raise FedloraError(f"'{alone[0]}' needs clients one after the other: use execution 'sequential'")
     params = S.stack(states) if grouped else S.clone(states[0])
     layers, pace = dict(adapters(model)), PACES[budget.pace]
@@ -142,7 +142,7 @@ def train(
                 seen |= term.view(view, context)
         with autocast(x.device, precision):
             logits, z = embed(model, seen, x) if features else (call(model, seen, x), EMPTY)
-        losses = segmentation_loss(logits, y).view(K, -1).mean(1)  # (K,)
+        losses = task_loss(logits, y).view(K, -1).mean(1)  # (K,)
         value = losses.sum()
         if terms:
             for view, context, z_k in zip(views(), contexts, z.chunk(K) if features else [z] * K, strict=True):
@@ -167,7 +167,8 @@ def train(
         fresh: dict[str, Any] = {"moves": moves, "step": step, "lr": budget.lr * now, "pace": now, "restart": set()}
         contexts = [replace(c, **fresh) for c in contexts]
         x, y = batches(step)
-        if terms:
+        apart = guard is None or not grouped  # else nothing reads images but the mechanism
+        if terms and apart:
             x, y = prepared(x, y)
 
         def again(x: Tensor = x, y: Tensor = y) -> State:
@@ -177,7 +178,9 @@ def train(
                 found = torch.autograd.grad(value, list(moving.values()), allow_unused=True)
                 return {name: g for name, g in zip(moving, found, strict=True) if g is not None}
 
-        contexts = [replace(c, x=x_k, y=y_k) for c, x_k, y_k in zip(contexts, x.chunk(K), y.chunk(K), strict=True)]
+        if apart:
+            parts = zip(contexts, x.chunk(K), y.chunk(K), strict=True)
+            contexts = [replace(c, x=x_k, y=y_k) for c, x_k, y_k in parts]
         contexts = contexts if grouped else [replace(c, again=again) for c in contexts]
         optimiser.zero_grad(set_to_none=True)  # what has no gradient, the optimiser leaves alone
         if guard is None:
@@ -185,7 +188,7 @@ def train(
             value.backward()
         else:
             losses = torch.full_like(total, math.nan)
-            _released(guard, model, params, contexts[0], terms, precision)
+            _released(guard, model, params, views(), contexts, terms, (x, y), precision)
         if terms:
             _change_gradients(terms, params, contexts, grouped)
         optimiser.step()
@@ -205,15 +208,22 @@ def train(
 
 
 def _released(
-    guard: Guarded, model: nn.Module, params: State, context: Context, terms: Sequence[Regularizer], precision: str
+    guard: Guarded | GuardedGroup,
+    model: nn.Module,
+    params: State,
+    views: Sequence[State],
+    contexts: Sequence[Context],
+    terms: Sequence[Regularizer],
+    batch: tuple[Tensor, Tensor],
+    precision: str,
 ) -> None:
     """Leave the private gradient in `params`, and beside it those of the terms, which read no image."""
-    value = sum((term.penalty(params, context) for term in terms), 0.0)
+    value = sum((term.penalty(view, c) for view, c in zip(views, contexts, strict=True) for term in terms), 0.0)
     if isinstance(value, Tensor) and value.requires_grad:
         value.backward()
     fixed = {name: p.detach() for name, p in params.items()}
-    with autocast(context.x.device, precision):
-        gradient = guard.gradient(model, fixed, segmentation_loss, context.x, context.y, context.moves)
+    with autocast(batch[0].device, precision):
+        gradient = guard.gradient(model, fixed, task_loss, *batch, contexts[0].moves)
     for name, g in gradient.items():
         own = params[name].grad
         params[name].grad = g if own is None else own + g

@@ -9,6 +9,8 @@ from fedlora_mini.data.base import Dataset, Site, Split
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.sampling import generator
 
+LEAST = 10
+
 
 def dirichlet(labels: Tensor, clients: int, alpha: float, rng: torch.Generator, least: int = 1) -> list[Tensor]:
     """Per label value, client shares ~ Dir(alpha, …, alpha): small alpha = each client sees few labels.
@@ -37,24 +39,33 @@ def dirichlet(labels: Tensor, clients: int, alpha: float, rng: torch.Generator, 
 
 def _labels(dataset: Dataset, part: str, by: str) -> Tensor:
     splits = [getattr(site, part) for site in dataset.sites]
+    if by == "label":
+        if not dataset.sites[0].train.labelled:
+            raise FedloraError(f"'{dataset.name}' has a label for every pixel and cannot be dealt by label")
+        return torch.cat([split.masks for split in splits])
     if by == "site":
         return torch.cat([torch.full((len(split),), k) for k, split in enumerate(splits)])
     if by == "foreground":
         share = torch.cat([(s.masks > 0).flatten(1).float().mean(1) for s in splits])
         return torch.bucketize(share, share.quantile(torch.tensor([0.25, 0.5, 0.75])))
-    raise unknown("partition label", by, ("site", "foreground"))
+    raise unknown("partition label", by, ("site", "foreground", "label"))
 
 
 def repartition(dataset: Dataset, clients: int, alpha: float, seed: int = 0, by: str = "site") -> Dataset:
     """A data set whose sites are `clients` Dirichlet mixtures of the original ones.
 
-    Train, validation and test images are dealt separately, so that none changes its part. `by`: "site" (origin) or
-    "foreground" (quartile of the foreground share).
+    Train, validation and test images are dealt separately, so that none changes its part. `by`: "site" (origin),
+    "foreground" (quartile of the foreground share), or "label" where an image has one. By label only training images
+    are dealt unevenly, at least LEAST to a client: all clients have to tell all classes apart.
     """
     dealt = {}
     for part in ("train", "val", "test"):
         everything = Split.concat([getattr(site, part) for site in dataset.sites])
-        rows = dirichlet(_labels(dataset, part, by), clients, alpha, generator(seed, part, "dirichlet"))
+        rng = generator(seed, part, "dirichlet")
+        if by == "label" and part != "train":
+            rows = [torch.arange(k, len(everything), clients) for k in range(clients)]
+        else:
+            rows = dirichlet(_labels(dataset, part, by), clients, alpha, rng, LEAST if by == "label" else 1)
         dealt[part] = [Split(everything.images[r], everything.masks[r]) for r in rows]
     record = {"partition": "dirichlet", "alpha": alpha, "by": by, "seed": seed}
     sites = tuple(

@@ -1,5 +1,6 @@
 """What is measured."""
 
+from fedlora_mini.metrics.classification import Recognition, recognise, recognition
 from fedlora_mini.metrics.leakage import (
     leak_cos2,
     leak_energy,
@@ -24,6 +25,7 @@ from fedlora_mini.metrics.sharpness import Sharpness, balanced, direction, hvp, 
 
 __all__ = [
     "NoiseEnergy",
+    "Recognition",
     "Scores",
     "Sharpness",
     "balanced",
@@ -43,6 +45,8 @@ __all__ = [
     "noisy_steps",
     "predict",
     "principal_angles",
+    "recognise",
+    "recognition",
     "score",
     "site_probe",
     "site_spread",

@@ -11,6 +11,7 @@ from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.models.efficientnet import EfficientUNet
 from fedlora_mini.models.meshnet import MeshNet
 from fedlora_mini.models.minisam import MiniSAM
+from fedlora_mini.models.vit import ViT
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Entry:
     multiple: int  # image sides are multiples of it …
     smallest: int  # … and at least this long
     summary: str
+    task: str = "segmentation"  # or "classification": logits (N, classes)
 
 
 def _monai(network: str, dims: int, **defaults: Any) -> Callable[..., nn.Module]:
@@ -80,6 +82,7 @@ MODELS: dict[str, Entry] = {
     "segresnet3d": Entry(_segresnet(3), _RESNET, 3, 8, 16, "the same in 3D"),
     "meshnet": Entry(MeshNet, _OWN, 3, 1, 16, "dilated 3D convolutions; base meshnet-brain: brain tissue from T1"),
     "efficientnet": Entry(EfficientUNet, _OWN, 2, 32, 32, "EfficientNet-lite0 with a light decoder; base imagenet"),
+    "vit": Entry(ViT, _OWN, 2, 4, 8, "small ViT, one label an image; base: other digits, mirrored", "classification"),
 }
 
 

@@ -5,9 +5,10 @@ that move at this step, and the divisor is the expected batch, which does not te
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from fedlora_mini import state as S
@@ -91,3 +92,35 @@ class Guarded:
     ) -> State:
         """ĝ of this step."""
         return self.mechanism.gradient(model, state, loss, x, y, self.n, self.source, moves)
+
+
+@dataclass
+class GuardedGroup:
+    """Several clients in one pass: every image sees its own client's factors, every client's sum has its own noise.
+
+    Equal to one client after the other up to rounding, with K times fewer calls. draws: the clients' batches.
+    """
+
+    members: Sequence[Guarded]
+    draws: Sequence[Callable[[int], tuple[Tensor, Tensor]]]
+    sizes: list[int] = field(default_factory=list)  # of this step's batches
+
+    def batches(self, step: int) -> tuple[Tensor, Tensor]:
+        """All clients' images of a step, client by client; their numbers are remembered."""
+        parts = [draw(step) for draw in self.draws]
+        self.sizes = [len(x) for x, _ in parts]
+        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+    def gradient(
+        self, model: nn.Module, state: Mapping[str, Tensor], loss: Loss, x: Tensor, y: Tensor, moves: Collection[str]
+    ) -> State:
+        """ĝ of this step for every client, (K, …) each; so is the state. All images' gradients are held at once."""
+        owner = torch.arange(len(self.members)).repeat_interleave(torch.tensor(self.sizes)).to(x.device)
+        gradients, _ = per_sample_gradients(model, state, loss, x, y, moves, owner)
+        parts = {name: g.split(self.sizes) for name, g in gradients.items()}
+        out = []
+        for k, each in enumerate(self.members):
+            own = each.mechanism
+            total = clip_sum({name: part[k] for name, part in parts.items()}, own.C, own.clipping)
+            out.append(S.scale(add_noise(total, own.noise_std, each.source), 1 / (own.q * each.n)))
+        return S.stack(out)

@@ -13,7 +13,7 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.row import Work
 from fedlora_mini.federation.sampling import generator
-from fedlora_mini.losses import segmentation_loss
+from fedlora_mini.losses import task_loss
 from fedlora_mini.state import State
 
 
@@ -40,7 +40,7 @@ class Fusion(Work):
         @torch.no_grad()
         def value(mix: torch.Tensor) -> float:
             seen = end | {name: mix.to(end[name]) for name in mixes}
-            return float(segmentation_loss(call(client.setting.model, seen, x), y).mean())
+            return float(task_loss(call(client.setting.model, seen, x), y).mean())
 
         best = end[mixes[0]].cpu()
         least = value(best)

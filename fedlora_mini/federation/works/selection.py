@@ -20,7 +20,7 @@ from fedlora_mini.errors import unknown
 from fedlora_mini.federation.aggregation.selection import SCORE
 from fedlora_mini.federation.row import Work
 from fedlora_mini.federation.schedule import chosen
-from fedlora_mini.losses import segmentation_loss
+from fedlora_mini.losses import task_loss
 from fedlora_mini.regularizers import Context, Regularizer
 from fedlora_mini.state import State
 
@@ -108,6 +108,6 @@ class Selected(Work):
         def loss(h: float) -> float:
             with torch.no_grad():
                 logits = call(client.setting.model, state | {name: at[name] + h * v}, data.images)
-                return float(segmentation_loss(logits, data.masks).double().mean())
+                return float(task_loss(logits, data.masks).double().mean())
 
         return (loss(STEP) - 2 * loss(0.0) + loss(-STEP)) / STEP**2

@@ -1,0 +1,196 @@
+"""Part III's claims, written down before any of their runs: LA-LoRA, its filter, AS-LoRA, what headlines compare.
+
+All arms of one file have the same epsilon, rounds, local steps, clip, expected batch, data and starts, and each has its
+rate from one grid. `private_half` has half the local steps with the noise recalibrated. methods.md 5.6, 5.8, section 9.
+"""
+
+from fedlora_mini.experiments.claim import Claim
+from fedlora_mini.experiments.private import AS
+
+LA = "liu2026lalora"
+BUDGET = "expected batch, clip, data, rank; each rate from one grid"
+SAME = f"epsilon, delta, rounds, local steps, {BUDGET}"
+POINT = 0.01  # one point of accuracy: smaller differences count as none
+LOW, PERMUTED, RESCALED = (f":filter={kind}" for kind in ("low-pass", "permuted", "rescaled"))
+
+
+def _private(
+    text: str,
+    a: str,
+    b: str,
+    part: str = "main",
+    sign: int = +1,
+    *,
+    protocol: str = "global",
+    metric: str = "accuracy",
+    margin: float = POINT,
+    source: str = LA,
+    matched: str = SAME,
+    not_matched: str = "bytes sent, numbers noised in a step",
+) -> Claim:
+    return Claim(text, a, b, f"private_{part}.jsonl", sign, protocol, metric, margin, source, matched, not_matched)
+
+
+CELLS = {
+    "e1": "at ε = 1",
+    "e8": "at ε = 8",
+    "d03": "with labels dealt more evenly (Dirichlet 0.3)",
+    "d05": "with labels dealt still more evenly (Dirichlet 0.5)",
+}
+
+PRIVACY: dict[str, Claim] = {
+    # L1
+    "noise-above-alternating": _private(
+        "Moving both factors in all K steps puts more noise into BA than alternating between them.",
+        "fedit",
+        "la_lora",
+        "noise",
+        protocol="server",
+        metric="energy",
+        margin=0.1,
+        matched="noise multiplier, rounds, local steps, rate, start",
+        not_matched="noisy steps per factor: K against K/2",
+    ),
+    "noise-alternating-is-half": _private(
+        "Alternating for K steps puts as much noise into BA as moving both factors for K/2 (log energy within ±0.1).",
+        "la_lora",
+        "fedit@private_noise_half",
+        "noise",
+        0,
+        protocol="server",
+        metric="energy",
+        margin=0.1,
+        source="",
+        matched="noise multiplier, noisy steps per factor, rounds, rate, start",
+        not_matched="local steps: K against K/2",
+    ),
+    # L2
+    "la-over-dplora": _private("At equal ε and K, LA-LoRA beats DP-LoRA.", "la_lora", "fedit"),
+    "la-over-dplora-half": _private(
+        "LA-LoRA also beats DP-LoRA with K/2 steps, which noises each factor as often and needs less noise.",
+        "la_lora",
+        "fedit@private_half",
+        source="",
+        matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
+        not_matched="local steps, bytes per step, numbers noised in a step",
+    ),
+    "half-over-full": _private(
+        "DP-LoRA gains from halving its steps and the noise that they need, so that LA-LoRA's margin shrinks.",
+        "fedit@private_half",
+        "fedit",
+        "half",
+        source="",
+        matched=f"epsilon, delta, rounds, {BUDGET}",
+        not_matched="local steps, noise multiplier",
+    ),
+    "la-filter-over-dplora-filter": _private(
+        "With the low-pass filter in both arms, LA-LoRA beats DP-LoRA.", f"la_lora{LOW}", f"fedit{LOW}"
+    ),
+    "b-first": _private(
+        "LA-LoRA with B first beats A first, whose first step at B = 0 is noise.", "la_lora", "la_lora:first=A"
+    ),
+    "la-preconditioned": _private("The preconditioner helps LA-LoRA.", "la_lora_pre", "la_lora", not_matched="nothing"),
+    # L3
+    **{
+        f"filter-{name}{suffix}": _private(
+            f"The low-pass filter {text} {title}.",
+            f"{arm}{LOW}",
+            f"{arm}{other}",
+            source=LA if not other else "",
+            not_matched="nothing but the filter",
+        )
+        for arm, name, title in (("la_lora", "la", "LA-LoRA"), ("fedit", "dplora", "DP-LoRA"))
+        for other, suffix, text in (
+            ("", "", "helps"),
+            (PERMUTED, "-over-permuted", "along the features' own order beats a permuted order, with"),
+            (RESCALED, "-over-rescaled", "beats a gradient that is only made as short, with"),
+        )
+    },
+    "filter-over-doppler": _private(
+        "Smoothing along features beats smoothing along time (DOPPLER), on DP-LoRA.",
+        f"fedit{LOW}",
+        "fedit:filter=doppler",
+        not_matched="nothing but the filter",
+    ),
+    # L4
+    "rolora-over-ffa-open": _private(
+        "Without privacy RoLoRA passes below FFA-LoRA's floor.",
+        "rolora",
+        "ffa",
+        "open",
+        matched="rounds, local steps, batches, data, rank; each rate from one grid",
+        not_matched="bytes: those of A in every second round",
+    ),
+    "la-over-ffa-open": _private(
+        "Without privacy LA-LoRA passes below FFA-LoRA's floor.",
+        "la_lora",
+        "ffa",
+        "open",
+        matched="rounds, local steps, batches, data, rank; each rate from one grid",
+        not_matched="bytes sent: twice as many",
+    ),
+    # L5
+    "la-flatter": _private(
+        "At equal training loss LA-LoRA's λ_max is below DP-LoRA's (log).",
+        "la_lora",
+        "fedit",
+        "sharpness",
+        -1,
+        protocol="server",
+        metric="log_lambda_max",
+        margin=0.1,
+        matched="epsilon, rounds, local steps; each run at the round whose training loss is nearest to a common one",
+        not_matched="the round",
+    ),
+    # the headline, like for like
+    "headline-as-printed": _private(
+        "LA-LoRA with its filter beats RoLoRA without one: the comparison behind +16.83.",
+        f"la_lora{LOW}",
+        "rolora",
+        not_matched="the filter, bytes sent, numbers noised in a step",
+    ),
+    "headline-both-without": _private(
+        "Without a filter in either arm (+8.87), LA-LoRA beats RoLoRA.", "la_lora", "rolora"
+    ),
+    "headline-both-with": _private(
+        "With the filter in both arms, which the paper does not report, LA-LoRA beats RoLoRA.",
+        f"la_lora{LOW}",
+        f"rolora{LOW}",
+        source="",
+    ),
+    **{
+        f"la-over-rolora-{cell}": _private(
+            f"LA-LoRA beats RoLoRA {where}, both without a filter.", "la_lora", "rolora", cell
+        )
+        for cell, where in CELLS.items()
+    },
+    # S1
+    "as-aggregates-exactly": _private(
+        "AS-LoRA's aggregation error is zero.",
+        AS,
+        "",
+        sign=0,
+        protocol="server",
+        metric="agg_err",
+        margin=1e-5,
+        source="kim2026aslora",
+        not_matched="nothing: one arm",
+    ),
+    "as-over-rolora": _private(
+        "At about equal bytes, layers that choose for themselves (AS-LoRA) beat fixed alternation by round (RoLoRA).",
+        AS,
+        "rolora",
+        source="kim2026aslora",
+        not_matched="bytes by layer: one number a layer beside its factor",
+    ),
+    "as-loss-below-rolora": _private(
+        "And their loss on test images is lower.",
+        AS,
+        "rolora",
+        sign=-1,
+        metric="loss",
+        margin=0.02,
+        source="kim2026aslora",
+        not_matched="bytes by layer: one number a layer beside its factor",
+    ),
+}

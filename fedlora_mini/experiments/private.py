@@ -1,0 +1,176 @@
+"""The study of private adaptation: who moves which factor when, with which filter, at one epsilon.
+
+Ten classes of digits at eight clients, a small ViT whose base has seen none of their images, plain SGD. A part is a set
+of arms under common settings; every arm searches the same rates on seeds that are not reported. methods.md card 5.8.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedlora_mini.errors import unknown
+from fedlora_mini.experiments.arms import arm_of, title_of
+from fedlora_mini.experiments.checkpoint import write_atomically
+from fedlora_mini.experiments.compare import SEARCH_SEED, Comparison, validation
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.report import Result, arms, privacy, table_of
+from fedlora_mini.experiments.run import METRICS
+
+STEPS = 4  # K: even, so that alternating by step moves both factors equally often
+COMMON: dict[str, Any] = {
+    "data": "digits",
+    "size": 12,
+    "model": "vit",
+    "rank": 2,
+    "dirichlet": 0.1,
+    "clients": 8,
+    "rounds": 10,
+    "steps": STEPS,
+    "batch": 16,
+    "optimiser": "sgd",
+    "augment": False,
+    "epsilon": 3.0,
+    "delta": 1e-5,
+    "clip": 1.0,
+    "threads": 1,
+}
+RATES = (0.1, 0.3, 0.6, 1.2, 3.0)
+SEARCH_SEEDS = (SEARCH_SEED,)
+FILTERED = ("none", "low-pass", "permuted", "rescaled")
+AS = "as_lora:warmup=2"
+PLAIN = ("fedit", "ffa", "rolora", "la_lora", AS)
+
+
+def filtered(arm: str, kinds: Sequence[str] = FILTERED) -> list[str]:
+    """The arm as it is, and with each filter."""
+    joined = f"{arm}," if ":" in arm else f"{arm}:"
+    return [arm if kind == "none" else _sorted(f"{joined}filter={kind}") for kind in kinds]
+
+
+def _sorted(arm: str) -> str:
+    """The arm as stored runs are named: changes in the order of their names."""
+    name, _, told = arm.partition(":")
+    return f"{name}:{','.join(sorted(told.split(',')))}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arms and what is set differently for all of them."""
+
+    summary: str
+    arms: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    rates: tuple[float, ...] = RATES
+
+
+def _cell(alpha: float, epsilon: float) -> Part:
+    told = {"dirichlet": alpha, "epsilon": epsilon}
+    return Part(f"Dirichlet {alpha:g}, epsilon {epsilon:g}: the arms without filters", PLAIN, told)
+
+
+NO_BUDGET = {"epsilon": None, "sigma": 200.0}
+PARTS: dict[str, Part] = {
+    "main": Part(
+        "Dirichlet 0.1, epsilon 3: every arm that moves K steps a round, by filter",
+        (
+            *(arm for name in ("fedit", "la_lora", "rolora", "ffa") for arm in filtered(name)),
+            "fedit:filter=doppler",
+            "la_lora:first=A",
+            "la_lora_pre",
+            AS,
+        ),
+    ),
+    "half": Part(
+        "the same with K/2 steps and the noise that so few need", tuple(filtered("fedit")), {"steps": STEPS // 2}
+    ),
+    "open": Part("the same without privacy", PLAIN[:4], {"epsilon": None, "execution": "grouped"}),
+    "untrained": Part("the base under a new head", ("fedit",), {"epsilon": None, "rounds": 0}, ()),
+    "noise": Part("noise alone: its energy in BA", ("fedit", "la_lora"), {**NO_BUDGET, "lr": 0.01}, ()),
+    "noise_half": Part("the same with K/2 steps", ("fedit",), {**NO_BUDGET, "lr": 0.01, "steps": STEPS // 2}, ()),
+    "e1": _cell(0.1, 1.0),
+    "e8": _cell(0.1, 8.0),
+    "d03": _cell(0.3, 3.0),
+    "d05": _cell(0.5, 3.0),
+    "d03_e1": _cell(0.3, 1.0),
+    "d03_e8": _cell(0.3, 8.0),
+    "d05_e1": _cell(0.5, 1.0),
+    "d05_e8": _cell(0.5, 8.0),
+    "rest": Part(
+        "the filters on the other arms of main",
+        tuple(arm for name in ("la_lora:first=A", "la_lora_pre", AS) for arm in filtered(name, FILTERED[1:])),
+    ),
+}
+
+
+@dataclass
+class PrivateStudy:
+    """Parts one after another under `folder`; an interrupted study goes on where it stopped."""
+
+    parts: Sequence[str]
+    seeds: Sequence[int]
+    folder: Path
+    changes: dict[str, Any] = field(default_factory=dict)  # other settings for all parts
+    rates: Sequence[float] | None = None  # in the place of the parts' own
+    on_run: Callable[[RunConfig], Callable[[dict[str, Any]], None]] = lambda config: lambda record: None
+    searched: list[Result] = field(default_factory=list)  # the search's runs, once it is over
+
+    def __post_init__(self) -> None:
+        for name in self.parts:
+            if name not in PARTS:
+                raise unknown("part of the private study", name, PARTS)
+
+    def run(self) -> dict[str, list[Result]]:
+        """Part -> its results, also in `private_<part>.jsonl`; the searches of all parts in `private_rates.jsonl`."""
+        out: dict[str, list[Result]] = {}
+        self.searched.clear()
+        for name in self.parts:
+            part = PARTS[name]
+            rates = part.rates if self.rates is None or not part.rates else self.rates
+            settings = COMMON | part.settings | self.changes
+            study = Comparison(part.arms, self.seeds, settings, self.folder / name, rates, self.on_run, SEARCH_SEEDS)
+            out[name] = study.run()
+            self.searched += study.searched
+            _write(self.folder / f"private_{name}.jsonl", out[name])
+            _write(self.folder / "private_rates.jsonl", self.searched)
+        return out
+
+
+def _write(path: Path, results: Sequence[Result]) -> None:
+    write_atomically(path, "".join(json.dumps(r) + "\n" for r in results))
+
+
+def table(results: Sequence[Result]) -> pd.DataFrame:
+    """One row an arm: the score of the common model, mean and deviation over seeds, and what epsilon depends on."""
+    rows = {}
+    for arm in arms(results):
+        mine = [r for r in results if arm_of(r["config"]) == arm]
+        metric = METRICS["classification" if "val_accuracy" in mine[0] else "segmentation"]
+        own = table_of(results, arm, "global", metric).mean(1)
+        spread = f" ± {own.std(ddof=1):.3f}" if len(own) > 1 else ""
+        rates = ", ".join(sorted({f"{r['config']['lr']:g}" for r in mine}))
+        rows[title_of(arm)] = {metric: f"{own.mean():.3f}{spread}", "seeds": len(own), "rate": rates} | privacy(mine)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index="arm")
+
+
+def curves(searched: Sequence[Result]) -> dict[tuple[str, float | None, float | None, int], dict[float, float]]:
+    """(arm, epsilon, dirichlet, steps) -> rate -> mean validation score over the search's seeds."""
+    told: dict[tuple[str, float | None, float | None, int], dict[float, list[float]]] = {}
+    for r in searched:
+        own = r["config"]
+        key = arm_of(own), own["epsilon"], own["dirichlet"], own["steps"]
+        told.setdefault(key, {}).setdefault(own["lr"], []).append(validation(r))
+    return {k: {lr: sum(v) / len(v) for lr, v in sorted(by.items())} for k, by in told.items()}
+
+
+def edges(searched: Sequence[Result]) -> list[str]:
+    """The arms whose best rate is the smallest or the largest that was tried, in words."""
+    found = []
+    for (arm, epsilon, alpha, steps), curve in curves(searched).items():
+        best = max(curve, key=lambda rate: curve[rate])
+        if best in (min(curve), max(curve)) and len(curve) > 1:
+            found.append(f"{arm}, epsilon {epsilon}, Dirichlet {alpha}, {steps} steps: best rate {best:g} is an edge")
+    return found

