@@ -135,10 +135,10 @@ def adapters_command(args: argparse.Namespace) -> None:
 
 def models_command(args: argparse.Namespace) -> None:
     """Print the networks."""
-    from fedlora_mini.models.zoo import MODELS
+    from fedlora_mini.models.zoo import CLASSIFIERS, MODELS
 
     rows = [("name", "dims", "sides", "what")]
-    for name, entry in MODELS.items():
+    for name, entry in (MODELS | CLASSIFIERS).items():
         rows.append((name, f"{entry.dims}D", f"multiples of {entry.multiple}, >= {entry.smallest}", entry.summary))
     _print_columns(rows)
 

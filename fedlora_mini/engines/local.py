@@ -20,7 +20,7 @@ from fedlora_mini.state import State
 
 EXECUTIONS = ("auto", "sequential", "grouped")
 SMALL = 4
-SMALL_PRIVATE = 64
+SMALL_PRIVATE = 16
 
 
 class LocalEngine:

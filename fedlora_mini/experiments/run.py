@@ -29,6 +29,7 @@ from fedlora_mini.federation.loop import Round
 from fedlora_mini.metrics import evaluate, recognise, swap_drop
 from fedlora_mini.metrics.rank import pairs
 from fedlora_mini.models import load_base
+from fedlora_mini.models.zoo import check_task
 from fedlora_mini.state import State
 from fedlora_mini.thin import norm2
 
@@ -75,6 +76,7 @@ class Federation:
         data = dataset_of(config) if data is None else data
         row = with_client_privacy(row, config, 1 if row.pooled else len(data.sites))
         device = pick_device(config.device)
+        check_task(config.model, data.task)
         model = load_base(config.model, len(data.classes), data.spatial, config.base, config.seed)
         given = {"rank": config.rank, "alpha": config.alpha}
         given |= {"sites": 1 if row.pooled else len(data.sites)}

@@ -24,7 +24,6 @@ class Entry:
     multiple: int  # image sides are multiples of it …
     smallest: int  # … and at least this long
     summary: str
-    task: str = "segmentation"  # or "classification": logits (N, classes)
 
 
 def _monai(network: str, dims: int, **defaults: Any) -> Callable[..., nn.Module]:
@@ -82,34 +81,49 @@ MODELS: dict[str, Entry] = {
     "segresnet3d": Entry(_segresnet(3), _RESNET, 3, 8, 16, "the same in 3D"),
     "meshnet": Entry(MeshNet, _OWN, 3, 1, 16, "dilated 3D convolutions; base meshnet-brain: brain tissue from T1"),
     "efficientnet": Entry(EfficientUNet, _OWN, 2, 32, 32, "EfficientNet-lite0 with a light decoder; base imagenet"),
-    "vit": Entry(ViT, _OWN, 2, 4, 8, "small ViT, one label an image; base: other digits, mirrored", "classification"),
 }
+"""Segmenters: logits (N, classes, *S)."""
+
+CLASSIFIERS: dict[str, Entry] = {
+    "vit": Entry(ViT, _OWN, 2, 4, 8, "small ViT, one label an image; its base has learnt other digits, mirrored"),
+}
+"""Networks that give an image one label: logits (N, classes). They have no decoder."""
+
+
+def entry(name: str) -> Entry:
+    """The row of that name in either table."""
+    if name not in MODELS | CLASSIFIERS:
+        raise unknown("model", name, MODELS | CLASSIFIERS)
+    return (MODELS | CLASSIFIERS)[name]
+
+
+def check_task(name: str, task: str) -> None:
+    """Raise unless the network is made for "segmentation", or "classification", whichever it is."""
+    own, other = (MODELS, CLASSIFIERS) if task == "segmentation" else (CLASSIFIERS, MODELS)
+    if name in other:
+        raise FedloraError(f"model '{name}' is not made for {task}; accepted: {', '.join(own)}")
 
 
 def build(name: str, classes: int, channels: int = 3, seed: int = 0, **options: Any) -> nn.Module:
     """A network of the table with random weights from `seed`, with its regions; the global generator is restored."""
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
-    entry = MODELS[name]
+    row = entry(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model = entry.build(classes, channels, **options)
+            model = row.build(classes, channels, **options)
         except TypeError as error:
             raise FedloraError(f"model '{name}' does not take these options: {error}") from None
-    model.regions = entry.regions  # type: ignore[assignment]
+    model.regions = row.regions  # type: ignore[assignment]
     return model
 
 
 def check_size(name: str, spatial: tuple[int, ...]) -> None:
     """Raise unless images of this size fit the network."""
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
-    entry = MODELS[name]
-    if len(spatial) != entry.dims:
-        raise FedloraError(f"model '{name}' is {entry.dims}D, the images are {len(spatial)}D")
-    if any(side % entry.multiple or side < entry.smallest for side in spatial):
+    row = entry(name)
+    if len(spatial) != row.dims:
+        raise FedloraError(f"model '{name}' is {row.dims}D, the images are {len(spatial)}D")
+    if any(side % row.multiple or side < row.smallest for side in spatial):
         raise FedloraError(
-            f"model '{name}' needs sides that are multiples of {entry.multiple} and at least {entry.smallest}, "
+            f"model '{name}' needs sides that are multiples of {row.multiple} and at least {row.smallest}, "
             f"the images are {' x '.join(map(str, spatial))}"
         )

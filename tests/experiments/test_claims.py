@@ -50,7 +50,7 @@ def test_every_claim_names_methods_and_a_protocol_that_exist():
                 method, change = parse_arm(name)
                 assert METHODS[method].but(**change) and arm_of({"method": method, "change": change}) == name, key
                 assert f"{file}.jsonl" in claim.files, key
-            assert claim.protocol in ("personal", "global", "new site", "leakage", "work"), key
+            assert claim.protocol in ("personal", "global", "new site", "leakage", "work", "server"), key
         assert claim.text.endswith(".") and claim.matched and claim.results.endswith(".jsonl"), key
 
 

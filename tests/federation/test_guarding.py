@@ -11,6 +11,7 @@ from fedlora_mini.adapters import keys, prepare, trainable
 from fedlora_mini.adapters.registry import ADAPTERS
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.arms import parse_arm
 from fedlora_mini.federation import METHODS, Budget, Request, Server, federate
 from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.models import build
@@ -116,10 +117,28 @@ def test_filters_change_the_released_gradient_and_nothing_else(tiny):
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
 
-def test_clients_cannot_be_guarded_in_one_pass(tiny):
-    assert not federation("fedit", tiny, execution="auto")[0].grouped
+@pytest.mark.parametrize("arm", ["fedit", "ffa", "rolora", "la_lora:filter=low-pass", "la_lora_pre", "fedprox"])
+def test_all_clients_in_one_pass_end_like_one_after_the_other(tiny, arm):
+    """Each with its own Poisson batches, clipping, noise and divisor."""
+    name, change = parse_arm(arm)
+    ends = []
+    for execution in ("sequential", "grouped"):
+        row = METHODS[name].but(**change)
+        budget = replace(BUDGET, optimiser="sgd")
+        engine, server = federation(name, tiny, Guarding(DPSGD(1.0, 0.4, 0.1)), budget, execution, row)
+        assert engine.grouped == (execution == "grouped")
+        advance(engine, server, rounds=3)
+        assert [member.ledger.releases for member in engine.members] == [[Release(1.0, 0.4, 9)]] * 3
+        ends.append(server.state)
+    assert S.norm(S.sub(*ends)) <= 1e-9 * S.norm(ends[0])
+
+
+def test_one_pass_pays_up_to_small_batches_and_cannot_be_had_where_clients_do_more(tiny):
+    assert federation("fedit", tiny, execution="auto")[0].grouped
+    assert not federation("fedit", tiny, budget=replace(BUDGET, batch=32), execution="auto")[0].grouped
+    assert not federation("as_lora", tiny, execution="auto")[0].grouped
     with pytest.raises(FedloraError, match="sequential"):
-        federation("fedit", tiny, execution="grouped")
+        federation("as_lora", tiny, execution="grouped")
 
 
 def test_a_models_own_weights_have_no_per_sample_gradients(tiny):
