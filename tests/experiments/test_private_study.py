@@ -1,0 +1,147 @@
+"""`fedlora private`: every arm of the study runs, says what its epsilon depends on, and is named as claims name it."""
+
+import json
+
+import pytest
+
+from fedlora_mini.cli import main
+from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments import private
+from fedlora_mini.experiments.arms import arm_of, parse_arm
+from fedlora_mini.experiments.claims import CLAIMS
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.private import COMMON, PARTS, PrivateStudy, curves, edges, table
+from fedlora_mini.experiments.report import read_results
+from fedlora_mini.federation import METHODS
+from fedlora_mini.metrics import recognise
+from fedlora_mini.privacy import Release, epsilon
+
+SHORT = {"rounds": 2, "accountant": "rdp"}
+ARMS = tuple(dict.fromkeys(arm for part in PARTS.values() for arm in part.arms))
+
+
+def study(tmp_path, parts, seeds=(0,), **more):
+    return PrivateStudy(parts, seeds, tmp_path, SHORT | more.pop("changes", {}), **more)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_arms_are_written_as_stored_runs_are_named(arm):
+    name, change = parse_arm(arm)
+    assert METHODS[name].but(**change) and arm_of({"method": name, "change": change}) == arm
+
+
+def test_every_comparison_of_the_specification_is_there():
+    main_arms = set(PARTS["main"].arms) | set(PARTS["rest"].arms)
+    for arm in ("fedit", "ffa", "rolora", "la_lora", "la_lora:first=A", "la_lora_pre", private.AS):
+        assert set(private.filtered(arm)) <= main_arms
+    assert set(private.filtered("fedit")) == set(PARTS["half"].arms) and "fedit:filter=doppler" in main_arms
+    cells = {(COMMON | p.settings)["dirichlet"]: 0 for p in PARTS.values()}
+    assert set(cells) == {0.1, 0.3, 0.5}
+    assert {(COMMON | p.settings)["epsilon"] for p in PARTS.values()} == {1.0, 3.0, 8.0, None}
+
+
+def test_claims_on_private_runs_name_arms_of_the_study():
+    later = {"private_sharpness"}  # made from the runs of `main`
+    for key, claim in CLAIMS.items():
+        for arm, file in claim.parts(claim.a) + claim.parts(claim.b):
+            if file.startswith("private_") and file not in later:
+                assert arm in PARTS[file.removeprefix("private_")].arms, key
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """Every arm of `main` for two rounds, without a search."""
+    folder = tmp_path_factory.mktemp("private")
+    return study(folder, ["main"], rates=(0.3,)).run()["main"]
+
+
+def test_every_arm_runs_and_prints_what_epsilon_depends_on(ran):
+    assert [arm_of(r["config"]) for r in ran] == list(PARTS["main"].arms)
+    for r in ran:
+        told = r["privacy"]
+        assert told["releases"] == [8] * 8 and told["delta"] == 1e-5 and told["q"] == pytest.approx(0.128)
+        assert told["epsilon"] == epsilon([Release(told["sigma"], told["q"], 8)], 1e-5, "rdp") <= 3.0
+        assert {"energy", "agg_err", "kb_up"} == r["scores"]["server"]["model"].keys()
+        assert all(0 <= s["accuracy"] <= 1 and s["loss"] > 0 for s in r["scores"]["global"].values())
+    shown = table(ran)
+    assert {"accuracy", "seeds", "rate", "σ", "q", "releases"} <= set(shown.columns)
+    assert "AS-LoRA (warmup=2)" in shown.index and len(shown) == len(PARTS["main"].arms)
+
+
+def test_all_arms_have_one_noise_and_as_lora_averages_exactly(ran):
+    assert len({r["privacy"]["sigma"] for r in ran}) == 1
+    errors = {arm_of(r["config"]): r["scores"]["server"]["model"]["agg_err"] for r in ran}
+    for arm in (private.AS, "rolora", "ffa"):
+        assert errors[arm] < 1e-5 < errors["la_lora"]
+
+
+def test_half_the_steps_need_less_noise_for_the_same_epsilon(tmp_path, ran):
+    half = study(tmp_path, ["half"], rates=(0.3,), changes={"rounds": 2}).run()["half"][0]
+    whole = ran[0]
+    assert half["config"]["steps"] == whole["config"]["steps"] // 2 and half["privacy"]["releases"] == [4] * 8
+    assert half["privacy"]["sigma"] < whole["privacy"]["sigma"]
+    assert 2.9 < half["privacy"]["epsilon"] <= 3.0
+
+
+def test_rates_are_searched_on_a_seed_that_is_not_reported_and_edges_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(PARTS, "main", private.Part("two arms", ("ffa", "la_lora")))
+    own = study(tmp_path, ["main"], rates=(0.01, 0.3))
+    results = own.run()["main"]
+    stored = read_results([tmp_path / "private_rates.jsonl"])
+    assert {r["config"]["seed"] for r in stored} == {1000} and len(stored) == 4
+    found = curves(stored)
+    assert found.keys() == {(arm, 3.0, 0.1, 4) for arm in ("ffa", "la_lora")}
+    for r in results:
+        curve = found[arm_of(r["config"]), 3.0, 0.1, 4]
+        assert curve[r["config"]["lr"]] == max(curve.values())
+    assert len(edges(stored)) == 2 and "is an edge" in edges(stored)[0], "of two rates the better one is an edge"
+    assert not edges([])
+
+
+def test_without_training_a_new_head_guesses(tmp_path):
+    [r] = study(tmp_path, ["untrained"], changes={"rounds": 0}).run()["untrained"]
+    scores = [s["accuracy"] for s in r["scores"]["global"].values()]
+    assert sum(scores) / len(scores) < 0.25 and "privacy" not in r and r["bytes_up"] == []
+
+
+def test_noise_alone_obeys_the_count_of_noisy_steps(tmp_path):
+    """Alternating for K steps is like both factors for K/2, and less than both for K."""
+    told = study(tmp_path, ["noise", "noise_half"], seeds=range(3), changes={"rounds": 4}).run()
+    mean = {}
+    for part, results in told.items():
+        for r in results:
+            mean.setdefault((part, r["config"]["method"]), []).append(r["scores"]["server"]["model"]["energy"])
+    mean = {key: sum(values) / len(values) for key, values in mean.items()}
+    whole, turns, half = mean["noise", "fedit"], mean["noise", "la_lora"], mean["noise_half", "fedit"]
+    assert whole - turns > 0.6 > 0.25 > abs(turns - half)
+
+
+def test_the_raw_curvature_of_as_lora_is_not_private():
+    raw = {"method": "as_lora", "change": {"curvature": "raw"}}
+    with pytest.raises(FedloraError, match="no privacy budget"):
+        RunConfig(**COMMON | raw)
+    assert RunConfig(**COMMON | raw | {"epsilon": None}).row.work.free is False
+
+
+def test_the_scores_are_those_of_the_common_model_on_everybodys_test_images(tmp_path):
+    from fedlora_mini.experiments.run import Federation
+
+    federation = Federation.build(RunConfig(**COMMON | {"method": "ffa", "rounds": 1, "accountant": "rdp"}))
+    list(federation.rounds())
+    scores = federation.evaluate()["global"]
+    whole = type(federation.data.sites[0].test).concat([site.test for site in federation.data.sites])
+    found = recognise(federation.model, federation.engine.common(federation.server), whole, federation.data.classes)
+    assert sum(s["accuracy"] for s in scores.values()) / 8 == pytest.approx(found.accuracy)
+
+
+def test_the_command_lists_parts_and_names_a_wrong_one(capsys, tmp_path):
+    assert main(["private", "--list"]) == 0
+    assert "la_lora:filter=low-pass" in capsys.readouterr().out
+    assert main(["private", "--parts", "man", "--out", str(tmp_path)]) == 2
+    assert "Did you mean 'main'" in capsys.readouterr().err
+
+
+def test_the_command_prints_a_table(capsys, tmp_path):
+    assert main(["private", "--parts", "untrained", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    assert "the base under a new head" in capsys.readouterr().out
+    assert json.loads((tmp_path / "private_untrained.jsonl").read_text())["config"]["rounds"] == 0
