@@ -274,6 +274,22 @@ def private_command_of(args: argparse.Namespace) -> None:
     act(args, _progress)
 
 
+def audit_command(args: argparse.Namespace) -> int:
+    """Whether the private mechanism keeps what it claims, beside three that do not."""
+    from fedlora_mini.experiments.audit import report
+
+    found = report(args.epsilon, args.delta, args.q, args.steps, args.games, args.canaries, seed=args.seed)
+    rows = [("mechanism", "claimed", "releases", "many runs", "same, Gaussian", "one run", "caught")]
+    for row in found:
+        bounds = ("-" if row[k] is None else f"{row[k]:.2f}" for k in ("many runs", "many runs, Gaussian", "one run"))
+        rows.append(
+            (row["mechanism"], f"{row['claimed']:g}", f"{row['releases']}", *bounds, str(row["caught"]).lower())
+        )
+    _print_columns(rows)
+    print("lower bounds on epsilon; those of a row hold together with 95 % confidence. Chapter 19")
+    return int(found[0]["caught"])
+
+
 def report_command(args: argparse.Namespace) -> None:
     """Tables and a figure of finished runs."""
     from fedlora_mini.experiments.report import read_results
@@ -418,6 +434,15 @@ def parser() -> argparse.ArgumentParser:
         "private", private_command_of, "private adaptation: arms by filter at one epsilon", private_command.EXAMPLES
     )
     private_command.add_arguments(private)
+
+    audit = add("audit", audit_command, "attacks on the private mechanism: does it keep its epsilon?")
+    audit.add_argument("--epsilon", type=float, default=3.0, help="what it claims [3]")
+    audit.add_argument("--delta", type=float, default=1e-5)
+    audit.add_argument("--q", type=float, default=1.0, help="sampling rate [1]")
+    audit.add_argument("--steps", type=int, default=4, help="releases [4]")
+    audit.add_argument("--games", type=int, default=4000, help="runs with one canary or none [4000]")
+    audit.add_argument("--canaries", type=int, default=1000, help="canaries of the one run [1000]")
+    audit.add_argument("--seed", type=int, default=0)
 
     report = add(
         "report", report_command, "tables and a figure of finished runs", "example: fedlora report results/a.jsonl"

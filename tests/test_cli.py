@@ -65,6 +65,12 @@ def test_a_comparison_ends_with_tables_and_a_figure(tmp_path, capsys):
     assert (tmp_path / "again/report.md").read_text() == (folder / "report.md").read_text()
 
 
+def test_an_audit_convicts_the_broken_mechanisms_and_not_the_right_one(capsys):
+    assert main(["audit", "--games", "2000", "--canaries", "400"]) == 0
+    told = {line.split("  ")[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()[2:-1]}
+    assert told.pop("as it should be") == "false" and list(told.values()) == ["true"] * 3
+
+
 def test_data_show_writes_a_gallery(tmp_path, capsys):
     picture = tmp_path / "gallery.png"
     assert main(["data", "show", "phantom", "--size", "32", "--option", "per_site=8", "--out", str(picture)]) == 0

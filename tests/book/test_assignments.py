@@ -94,6 +94,40 @@ MUTANTS = [
     ("set2", "t8-solution", "return 0.0 * B.sum()", "return torch.tensor(0.0)", "t8-check"),  # no gradient at all
     ("set2", "t8-solution", "(left * right)", "((B0.T @ D).square().sum() * (dA @ A0.T).square().sum())", "t8-check"),
     ("set2", "t8-solution", "(A - A0).detach()", "(A - A0)", "t8-check"),
+    ("set3", "t1-solution", ".norm(dim=0)", ".amax(dim=0)", "t1-check"),  # the longest tensor alone
+    ("set3", "t1-solution", ".clamp(max=1)", "", "t1-check"),  # short gradients are stretched
+    ("set3", "t1-solution", "(C / lengths).clamp(max=1)", "torch.full_like(lengths, min(1.0, C / norm({k: g.mean(0)"
+     " for k, g in gradients.items()})))", "t1-check"),  # the batch mean is clipped
+    ("set3", "t2-solution", "/ (q * n)", "/ max(1, len(rows))", "t2-check"),  # tells how many came
+    ("set3", "t2-solution", "(torch.rand(n, generator=g) < q).nonzero().flatten()",
+     "torch.randperm(n, generator=g)[: max(1, round(q * n))]", "t2-check"),  # a fixed batch
+    ("set3", "t2-solution", "sigma * C * noise", "sigma * noise", "t2-check"),
+    ("set3", "t2-solution", "clipped_sum({name: each[rows] for name, each in gradients.items()}, C)",
+     "{name: each[rows].sum(0) for name, each in gradients.items()}\n    C = 1.0", "t2-check"),
+    ("set3", "t3-renyi-solution", "k * (k - 1)", "k * k", "t3-renyi-check"),
+    ("set3", "t3-renyi-solution", " / (order - 1)", "", "t3-renyi-check"),
+    ("set3", "t3-renyi-solution", "torch.xlogy(order - k, torch.tensor(1.0 - q)) + ", "", "t3-renyi-check"),
+    ("set3", "t3-spent-solution", "times * renyi", "renyi", "t3-spent-check"),
+    ("set3", "t3-spent-solution", "- math.log(delta * a)", "- math.log(delta)", "t3-spent-check"),
+    ("set3", "t3-noise-solution", "return high", "return low", "t3-noise-check"),
+    ("set3", "t3-noise-solution", "1.0005", "1.05", "t3-noise-check"),
+    ("set3", "t4-solution", "m * s_B**2", "n * s_B**2", "t4-check"),
+    ("set3", "t4-solution", "m * n * r * s_A**2", "m * n * s_A**2", "t4-check"),
+    ("set3", "t4-solution", "math.sqrt(float", "(float", "t4-check"),
+    ("set3", "t5-solution", 'k["B"] ** 0.5 * s', 'k["B"] * s', "t5-check"),
+    ("set3", "t5-solution", 'if k["A"] == k["B"] else None', 'if k["A"] or k["B"] else None', "t5-check"),
+    ("set3", "t5-solution", '["AB"] * k["B"]', 'schedule', "t5-check"),
+    ("set3", "t6-smooth-solution", "x[..., :2].flip(-1)", "0 * x[..., :2]", "t6-smooth-check"),
+    ("set3", "t6-smooth-solution", "(1, 4, 6, 4, 1)", "(1, 3, 8, 3, 1)", "t6-smooth-check"),
+    ("set3", "t6-smooth-solution", "return sum(parts).movedim(-1, axis)", "return sum(parts)", "t6-smooth-check"),
+    ("set3", "t6-effect-solution", ".sum() ** 2", ".sum()", "t6-effect-check"),
+    ("set3", "t6-effect-solution", "F.square().sum() / len(F)", "F.square().sum()", "t6-effect-check"),
+    ("set3", "t7-many-solution", "(1 - confidence) / 2", "1 - confidence", "t7-many-check"),
+    ("set3", "t7-many-solution", "beta.ppf(tail, hits, members - hits + 1) if hits else 0.0", "hits / members",
+     "t7-many-check"),  # as if the rates were known
+    ("set3", "t7-many-solution", ", (1 - high, 1 - low)", ",", "t7-many-check"),  # one accusation
+    ("set3", "t7-one-solution", "1 - confidence,", "(1 - confidence) / 2,", "t7-one-check"),
+    ("set3", "t7-one-solution", "math.log(p / (1 - p))", "math.log(2 * p)", "t7-one-check"),
 ]  # fmt: skip
 
 
@@ -121,6 +155,18 @@ SUBTLE = [
     ("set2", "t7-solution", "left[rows], right[:, columns]", "left, right", "t7-check"),  # signs alone
     ("set2", "t8-solution", "min(left, right)", "right", "t8-check"),  # nan at B = B0
     ("set2", "t8-solution", "< 1e-16", "< 1e-8", "t8-check"),  # asleep while the drift is small
+    ("set3", "t1-solution", "(C / lengths).clamp(max=1)", "C / lengths.clamp(min=C)", "t1-check"),  # C = inf
+    ("set3", "t2-solution", "torch.randn(value.shape, generator=g)", "torch.randn(value.shape)", "t2-check"),
+    ("set3", "t3-renyi-solution", "torch.xlogy(order - k, torch.tensor(1.0 - q))", "(order - k) * math.log1p(-q)",
+     "t3-renyi-check"),  # q = 1
+    ("set3", "t3-spent-solution", "if history else 0.0", "", "t3-spent-check"),
+    ("set3", "t3-noise-solution", "0.1, 1000.0", "0.1, 10.0", "t3-noise-check"),
+    ("set3", "t4-solution", "s_A**2 * s_B**2", "s_B**4", "t4-check"),
+    ("set3", "t5-solution", '["AB"] * k["B"]', '["AB"] * (len(schedule) // 2)', "t5-check"),
+    ("set3", "t6-smooth-solution", "x[..., :2].flip(-1)", "x[..., 1:3].flip(-1)", "t6-smooth-check"),  # not the end
+    ("set3", "t6-effect-solution", "float(F.square().sum() / len(F))", "70 / 256", "t6-effect-check"),
+    ("set3", "t7-many-solution", "(right - delta)", "right", "t7-many-check"),
+    ("set3", "t7-one-solution", "max(0.0, math.log(p / (1 - p)))", "math.log(p / (1 - p))", "t7-one-check"),
 ]  # fmt: skip
 
 
