@@ -8,7 +8,7 @@ JOBS   ?= 2
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html results test quick nbval browser peers lint format notebooks assignments bench main-job evidence evidence-factorial evidence-personal evidence-fewshot clean
+.PHONY: help setup book html results test ci unit quick nbval pages browser peers lint format notebooks assignments bench main-job evidence evidence-factorial evidence-personal evidence-fewshot clean
 
 help: ## list the targets
 	@echo "fedlora_mini: targets"
@@ -38,12 +38,28 @@ book: results html ## set up, run the main job, execute the chapters, build the 
 
 test: $(READY) ## every test: unit, notebooks, and the browser's where Chromium is found
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/book/test_browser.py -rs -n $(JOBS)
+	$(MAKE) unit
 	$(MAKE) nbval
-	$(MAKE) html browser
+	$(MAKE) pages
+
+# Two things at a time where each keeps one core busy; unit tests and notebooks fill both by themselves.
+ci: $(READY) ## all that a submission must pass: `test` and `peers`
+	$(MAKE) -j 2 --output-sync=target lint $(PEERS)
+	$(MAKE) unit
+	$(MAKE) nbval
+	$(MAKE) -j 2 --output-sync=target pages peers
+
+unit: $(READY) ## the tests of the library and of the book's tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/book/test_browser.py --ignore tests/peers -rs \
+	  -n $(JOBS) --dist worksteal
+
+pages: $(READY) ## the HTML, then the browser's tests of it
+	$(MAKE) html
+	$(MAKE) browser
 
 quick: $(READY) ## the tests to run all day (under 3 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow and not browser and not peers" -n $(JOBS) -x
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -m "not slow and not browser and not peers" \
+	  -n $(JOBS) --dist worksteal -x
 
 # The build takes the outputs of this execution: book/_tools/executed.py.
 nbval: $(READY) ## run the notebooks and check their tagged outputs

@@ -25,7 +25,7 @@ def data():
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("model", ["minisam", "unet"])
+@pytest.mark.parametrize("model", ["minisam", pytest.param("unet", marks=pytest.mark.slow)])
 def test_a_row_sends_keeps_and_trains_what_it_says(data, model, name):
     checked = check(name, model, data=data)
     assert checked.problems == []
