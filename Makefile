@@ -8,7 +8,7 @@ JOBS   ?= 2
 export OMP_NUM_THREADS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book html results test ci unit quick nbval pages browser peers lint format notebooks assignments bench main-job evidence evidence-factorial evidence-personal evidence-fewshot clean
+.PHONY: help setup book html results test ci unit quick nbval pages browser peers lint format notebooks assignments bench main-job evidence evidence-factorial evidence-personal evidence-hospitals evidence-fewshot clean
 
 help: ## list the targets
 	@echo "fedlora_mini: targets"
@@ -146,6 +146,19 @@ evidence-personal: $(READY) ## run again SOR, ResFIM and the personalised method
 	$(BIN)/fedlora compare $(PERSONAL) $(BOTH) --out runs/personal_both
 	$(BIN)/fedlora compare $(MORE) $(BOTH) --out runs/personal_more
 	for name in sor_both resfim_appearance personal_both personal_more; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+
+REAL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head
+EXACT := iat_sor:form=exact,lam=0.01
+evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas, polyps (about four hours on one core)
+	$(BIN)/fedlora data prepare lgg --size 64  # Kaggle asks for a login: see data_scripts/lgg.py
+	$(BIN)/fedlora compare $(REAL) dual pooled $(EXACT) --data lgg --size 64 --rounds 8 --steps 8 --batch 4 --threads 1 \
+	  --seeds 0-5 --search-lr 1e-3,3e-3,1e-2,3e-2 --eval-every 0 --out runs/hospitals_lgg
+	$(BIN)/fedlora data fetch polypgen
+	$(BIN)/fedlora compare $(REAL) $(EXACT) --data polypgen --model efficientnet --base imagenet --size 64 --rounds 6 --steps 8 \
+	  --batch 4 --threads 1 --seeds 0-2 --search-lr 5e-3,1.5e-2 --eval-every 0 --out runs/hospitals_polypgen
+	for name in hospitals_lgg hospitals_polypgen; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	$(BIN)/fedlora data fetch nuclei
+	$(BIN)/python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl
 
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1

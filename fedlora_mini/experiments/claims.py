@@ -15,7 +15,7 @@ from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.experiments.claim import MARGIN, Claim
 from fedlora_mini.experiments.claims_privacy import PRIVACY
 from fedlora_mini.experiments.fewshot import report as fewshot
-from fedlora_mini.experiments.report import read_results, table_of
+from fedlora_mini.experiments.report import arms, read_results, table_of
 from fedlora_mini.experiments.stats import Difference, holm, paired_difference
 
 LEVEL = 0.05
@@ -566,8 +566,14 @@ def _difference(claim: Claim) -> Difference | None:
 
 
 @lru_cache(maxsize=256)
-def _measured(claim: Claim, folder: Path, written: tuple[int, ...]) -> Difference:
-    """Computed once for files that were last `written` then."""
+def _measured(claim: Claim, folder: Path, written: tuple[int, ...]) -> Difference | None:
+    """Computed once for files that were last `written` then; None while a file lacks one of the arms."""
+
+    if not claim.shots and any(
+        arm not in arms(read_results([folder / f"{file}.jsonl"]))
+        for arm, file in claim.parts(claim.a) + claim.parts(claim.b)
+    ):
+        return None
 
     def read(text: str) -> NDArray[np.float64]:
         if claim.shots:

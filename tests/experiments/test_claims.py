@@ -109,6 +109,12 @@ def test_unpaired_runs_give_no_verdict(tmp_path, monkeypatch):
         verdicts({"up": UP})
 
 
+def test_an_arm_that_a_file_does_not_hold_has_not_been_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_RESULTS", str(tmp_path))
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(result("fedit", seed, 0.7)) for seed in range(3)))
+    assert verdicts({"up": UP})["up"].word == "not run"
+
+
 def test_an_unknown_claim_is_a_clear_error():
     with pytest.raises(FedloraError, match="Did you mean 'fedit-below-local'"):
         claims.verdict("fedit-below-locl")

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from fedlora_mini.data import lgg
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.fewshot import TASKS, FewshotConfig, adapt
 from fedlora_mini.experiments.fewshot import report as few
 from fedlora_mini.experiments.report import arms, difference_table, markdown, read_results, summary, table_of
 from fedlora_mini.experiments.run import run
+from fedlora_mini.experiments.unadapted import EVENT, SETS
 
 RESULTS = Path(__file__).parents[2] / "results"
-OTHERS = ("fewshot", "nearness", "network", "raters")  # files whose lines are not runs of `fedlora compare`
+# files whose lines are not runs of `fedlora compare`
+OTHERS = ("fewshot", "nearness", "network", "raters", "unadapted")
 FILES = sorted(path for path in RESULTS.glob("*.jsonl") if not path.stem.startswith(OTHERS))
 FEWSHOT = sorted(RESULTS.glob("fewshot_*.jsonl"))
 
@@ -54,6 +57,29 @@ def test_a_stored_run_made_again_gives_the_same_numbers(name, tmp_path):
         for site, scores in sites.items():
             assert new["scores"][protocol][site]["dice"] == pytest.approx(scores["dice"], abs=0.03), (protocol, site)
     json.dumps(new)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (lgg.ready(64) and (RESULTS / "hospitals_lgg.jsonl").is_file()), reason="needs the gliomas")
+def test_a_stored_run_on_real_sites_made_again_gives_the_same_numbers(tmp_path):
+    stored = read_results([RESULTS / "hospitals_lgg.jsonl"])
+    old = next(r for r in stored if (r["config"]["method"], r["config"]["seed"]) == ("pooled", 0))  # the shortest
+    new = run(RunConfig(**old["config"]), tmp_path)
+    assert new["bytes_up"] == old["bytes_up"] and new["sites"] == old["sites"]
+    assert new["loss"] == pytest.approx(old["loss"], abs=0.02)
+    for site, scores in old["scores"]["personal"].items():
+        assert new["scores"]["personal"][site]["dice"] == pytest.approx(scores["dice"], abs=0.05), site
+
+
+def test_what_bases_give_untrained_is_stored_for_the_seeds_of_the_runs():
+    records = [json.loads(line) for line in (RESULTS / "unadapted.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(r["config"]["data"], r["config"]["seed"]) for r in records] == [
+        (name, seed) for name, (_, seeds) in SETS.items() for seed in seeds
+    ]
+    for r in records:
+        assert r["event"] == EVENT and {"versions", "machine", "everything"} <= r.keys()
+        assert r["config"].items() <= RunConfig(**r["config"]).asdict().items()
+        assert all(0 <= site["dice"] < 0.5 for site in r["scores"]["personal"].values()), "the head is new"
 
 
 @pytest.mark.parametrize("path", FEWSHOT, ids=lambda path: path.stem)
