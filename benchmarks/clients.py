@@ -5,17 +5,22 @@ import copy
 import torch
 from timing import Row, compare, main
 
-from fedlora_mini.adapters import call, prepare, trainable
+from fedlora_mini.adapters import call, keys, prepare, trainable
+from fedlora_mini.data.base import Split
+from fedlora_mini.engines import LocalEngine
+from fedlora_mini.federation import METHODS, Budget, Server, federate
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.models import zoo
 from fedlora_mini.state import stack
 
+ROWS = ("fedit", "fedsa", "iat")
 
-def measure() -> list[Row]:
-    """How much faster are K clients in one grouped pass than one after the other?"""
+
+def gradients() -> list[Row]:
+    """One step's gradients, without the optimiser."""
     rows = []
-    for K in (4, 8):
-        for b in (1, 4, 16):
+    for K in (4, 8, 16):
+        for b in (1, 4) if K == 16 else (1, 4, 16):
             model = prepare(zoo.build("minisam", classes=2), "lora", rank=4)
             models = [copy.deepcopy(model) for _ in range(K)]
             x = torch.rand(K * b, 3, 48, 48)
@@ -33,8 +38,35 @@ def measure() -> list[Row]:
                 torch.autograd.grad(value, list(stacked.values()))
 
             arms = {"one after the other": loop, "grouped": grouped}
-            rows += compare(f"minisam, 48 px, K={K}, {b} a client", "one after the other", arms, rounds=9)
+            rows += compare(f"minisam, 48 px, K={K}, {b} a client", "one after the other", arms, rounds=3)
     return rows
+
+
+def rounds() -> list[Row]:
+    """Whole rounds of two local steps: news, training, updates, aggregation."""
+    rows = []
+    for name in ROWS:
+        for K, b in ((4, 1), (8, 1), (16, 1), (4, 4), (8, 4), (16, 4)):
+            model = prepare(zoo.build("minisam", classes=2), "lora", rank=4)
+            start, budget, row = trainable(model), Budget(steps=2, batch=b), METHODS[name]
+            x = torch.rand(K, 2 * b, 3, 48, 48)
+            splits = [Split(images, (images.mean(1) > 0.5).to(torch.uint8)) for images in x]
+
+            def one(execution: str, model=model, start=start, budget=budget, row=row, splits=splits) -> None:
+                engine = LocalEngine(model, row, keys(model, list(start)), splits, budget, execution=execution)
+                list(federate(row, engine, Server(start), engine.keys, 1, budget.steps, lambda round: engine.clients))
+
+            arms = {
+                "one after the other": lambda one=one: one("sequential"),
+                "grouped": lambda one=one: one("grouped"),
+            }
+            rows += compare(f"{name}: a round, K={K}, {b} a client", "one after the other", arms, rounds=3)
+    return rows
+
+
+def measure() -> list[Row]:
+    """How much faster are K clients in one grouped pass than one after the other?"""
+    return gradients() + rounds()
 
 
 if __name__ == "__main__":
