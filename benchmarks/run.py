@@ -153,7 +153,7 @@ def table(answers: dict[str, dict], facts: dict) -> str:
     for question in QUESTIONS:
         answer = answers[question.script]
         lines += ["", f"## {answer['question']}", "", verdict(question, answer["rows"]), ""]
-        lines += [f"{answer['measured']}.", ""]
+        lines += [f"{answer['measured']}.", ""] if "measured" in answer else []
         if question.column:
             lines += by_arm(answer["rows"], question.column)
             continue
