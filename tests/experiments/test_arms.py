@@ -40,6 +40,7 @@ def test_a_title_says_what_is_changed():
     assert title_of("iat") == "IAT sharing"
 
 
+@pytest.mark.slow
 def test_two_arms_of_one_row_are_compared_and_their_leakage_is_read(tmp_path):
     torch.set_num_threads(1)
     names = ["iat_sor:form=exact,lam=0.5", "iat_sor"]
