@@ -140,7 +140,7 @@ PRIVACY: dict[str, Claim] = {
         metric="log_lambda_max",
         margin=0.1,
         matched="epsilon, rounds, local steps; each run at the round whose training loss is nearest to a common one",
-        not_matched="the round",
+        not_matched="the round; what is left of the difference in loss between rounds",
     ),
     # the headline, like for like
     "headline-as-printed": _private(

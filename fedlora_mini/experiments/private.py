@@ -134,12 +134,13 @@ class PrivateStudy:
             study = Comparison(part.arms, self.seeds, settings, self.folder / name, rates, self.on_run, SEARCH_SEEDS)
             out[name] = study.run()
             self.searched += study.searched
-            _write(self.folder / f"private_{name}.jsonl", out[name])
-            _write(self.folder / "private_rates.jsonl", self.searched)
+            write(self.folder / f"private_{name}.jsonl", out[name])
+            write(self.folder / "private_rates.jsonl", self.searched)
         return out
 
 
-def _write(path: Path, results: Sequence[Result]) -> None:
+def write(path: Path, results: Sequence[Result]) -> None:
+    """One line a record."""
     write_atomically(path, "".join(json.dumps(r) + "\n" for r in results))
 
 

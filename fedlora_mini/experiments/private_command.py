@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
 
 EXAMPLES = """examples:
@@ -33,13 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, help="image side in pixels [12; 32 for masks]")
     add("--rounds", type=int, help="rounds of communication [10]")
     add("--batch", type=int, help="expected images a step [16]")
+    add("--sharpness", action="store_true", help="also λ_max at equal training loss, of DP-LoRA and LA-LoRA in main")
     add("--out", metavar="FOLDER", help="where to write [runs/private-DATA]")
 
 
 def act(args: argparse.Namespace, progress: Callable[[str, int], Callable[[dict[str, Any]], None]]) -> None:
     """Run the parts and print, for every arm, its score with all that epsilon depends on."""
     from fedlora_mini.experiments.compare import parse_seeds
-    from fedlora_mini.experiments.private import PARTS, PrivateStudy, edges, table
+    from fedlora_mini.experiments.private import PARTS, PrivateStudy, edges, table, write
+    from fedlora_mini.experiments.private_sharpness import study as sharpness
 
     if args.list:
         for name, part in PARTS.items():
@@ -56,7 +59,12 @@ def act(args: argparse.Namespace, progress: Callable[[str, int], Callable[[dict[
         return progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)
 
     study = PrivateStudy(args.parts.split(","), parse_seeds(args.seeds), folder, changes, rates, on_run)
-    for name, results in study.run().items():
+    found = study.run()
+    if args.sharpness:
+        if "main" not in found:
+            raise FedloraError("--sharpness looks at runs of part 'main': name it among --parts")
+        write(folder / "private_sharpness.jsonl", sharpness(found["main"]))
+    for name, results in found.items():
         print(f"{name}: {PARTS[name].summary}\n\n{table(results).to_markdown()}\n")
     for line in edges(study.searched):
         print(line)

@@ -6,7 +6,7 @@ import pytest
 
 from fedlora_mini.cli import main
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.experiments import private
+from fedlora_mini.experiments import private, private_sharpness
 from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.claims import CLAIMS
 from fedlora_mini.experiments.config import RunConfig
@@ -145,3 +145,15 @@ def test_the_command_prints_a_table(capsys, tmp_path):
     assert main(["private", "--parts", "untrained", "--seeds", "0", "--out", str(tmp_path)]) == 0
     assert "the base under a new head" in capsys.readouterr().out
     assert json.loads((tmp_path / "private_untrained.jsonl").read_text())["config"]["rounds"] == 0
+
+
+def test_sharpness_is_compared_where_all_arms_have_the_same_training_loss():
+    short = COMMON | SHORT | {"rounds": 3, "lr": 0.3}
+    arms = [RunConfig(**short | {"method": name}) for name in ("la_lora", "ffa")]
+    records = private_sharpness.compare(arms)
+    told = [r["scores"]["server"]["model"] for r in records]
+    assert told[0]["common_loss"] == told[1]["common_loss"] == max(min(r["losses"]) for r in records)
+    for r, own in zip(records, told, strict=True):
+        gaps = [abs(loss - own["common_loss"]) for loss in r["losses"]]
+        assert gaps[own["round"] - 1] == min(gaps) and own["loss"] == r["losses"][own["round"] - 1]
+        assert own["log_lambda_max"] > -10 and r["privacy"]["releases"] == [12] * 8

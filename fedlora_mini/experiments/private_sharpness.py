@@ -1,0 +1,102 @@
+"""λ_max of private models at equal training loss: a run that has learnt less is flatter for that reason alone.
+
+Arms of one seed are trained again, round by round; L* is the lowest training loss that all of them reach, and each is
+looked at in the round whose loss is nearest to it. Factors are balanced first, since (B / c, c A) is the same model.
+All of this reads clients' images without noise: it is a measurement, and no part of a private run. methods.md card 5.1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from fedlora_mini.adapters.base import call
+from fedlora_mini.data.base import Split
+from fedlora_mini.experiments.arms import arm_of
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.provenance import machine, versions
+from fedlora_mini.experiments.report import Result
+from fedlora_mini.experiments.run import Federation
+from fedlora_mini.federation.exchange import is_model
+from fedlora_mini.federation.sampling import generator
+from fedlora_mini.losses import task_loss
+from fedlora_mini.metrics import balanced, lambda_max
+from fedlora_mini.state import State, clone, pick
+
+IMAGES = 256  # of all clients' training images, evenly spaced, for the curvature
+
+
+@dataclass
+class Traced:
+    """A run whose every round is kept: the server's tensors and the training loss at them."""
+
+    federation: Federation
+    states: list[State]
+    losses: list[float]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Traced":
+        """Train by the config, and look at the loss on all clients' training images after every round."""
+        own = cls(Federation.build(config), [], [])
+        for _ in own.federation.rounds():
+            state = clone(pick(own.federation.server.state, is_model))
+            own.states.append(state)
+            own.losses.append(own.loss(state))
+        return own
+
+    @property
+    def images(self) -> Split:
+        return Split.concat([site.train for site in self.federation.data.sites])
+
+    @torch.no_grad()
+    def loss(self, state: State) -> float:
+        """The mean over images."""
+        own = self.images
+        return float(task_loss(call(self.federation.model, state, own.images), own.masks).mean())
+
+    def at(self, loss: float) -> int:
+        """The round, from 1, whose loss is nearest to this one."""
+        return 1 + min(range(len(self.losses)), key=lambda t: abs(self.losses[t] - loss))
+
+    def sharpness(self, round: int) -> dict[str, float]:
+        """log λ_max in all trained tensors after that round, with the loss there."""
+        own, model = self.images, self.federation.model
+        rows = torch.linspace(0, len(own) - 1, min(IMAGES, len(own))).long()
+        state = balanced(self.states[round - 1])
+        rng = generator(self.federation.config.seed, "sharpness")
+        found = lambda_max(model, state, task_loss, own.images[rows], own.masks[rows], rng, most=20, tolerance=1e-2)
+        return {"log_lambda_max": math.log(max(found.value, 1e-12)), "loss": self.losses[round - 1], "round": round}
+
+
+def compare(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
+    """One record an arm, all of one seed, in the form of a stored run: the numbers stand under "server"."""
+    torch.set_num_threads(configs[0].threads or 1)
+    started = perf_counter()
+    traced = [Traced.of(config) for config in configs]
+    common = max(min(each.losses) for each in traced)
+    records = []
+    for each in traced:
+        told = each.sharpness(each.at(common))
+        records.append(
+            {
+                "event": "result",
+                "config": each.federation.config.asdict(),
+                "versions": versions(),
+                "machine": machine(torch.device("cpu")),
+                "scores": {"server": {"model": told | {"common_loss": common}}},
+                "losses": each.losses,
+                **each.federation.promise.told(each.federation.server.round),
+                "seconds": perf_counter() - started,
+            }
+        )
+    return records
+
+
+def study(results: Sequence[Result], arms: Sequence[str] = ("la_lora", "fedit")) -> list[dict[str, Any]]:
+    """The records of these arms of a stored part, seed by seed, each with the rate that its search had found."""
+    found = {(r["config"]["seed"], arm_of(r["config"])): RunConfig(**r["config"]) for r in results}
+    seeds = sorted({seed for seed, _ in found})
+    return [record for seed in seeds for record in compare([found[seed, arm] for arm in arms])]
