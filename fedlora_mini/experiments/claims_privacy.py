@@ -78,7 +78,6 @@ PRIVACY: dict[str, Claim] = {
         "DP-LoRA gains from halving its steps and the noise that they need, so that LA-LoRA's margin shrinks.",
         "fedit@private_half",
         "fedit",
-        "half",
         source="",
         matched=f"epsilon, delta, rounds, {BUDGET}",
         not_matched="local steps, noise multiplier",

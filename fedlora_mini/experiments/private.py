@@ -65,6 +65,7 @@ class Part:
     arms: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     rates: tuple[float, ...] = RATES
+    times: int = 1  # as many seeds as the other parts, where a run is cheap and an equality is to be shown
 
 
 def _cell(alpha: float, epsilon: float) -> Part:
@@ -89,8 +90,8 @@ PARTS: dict[str, Part] = {
     ),
     "open": Part("the same without privacy", PLAIN[:4], {"epsilon": None, "execution": "grouped"}),
     "untrained": Part("the base under a new head", ("fedit",), {"epsilon": None, "rounds": 0}, ()),
-    "noise": Part("noise alone: its energy in BA", ("fedit", "la_lora"), {**NO_BUDGET, "lr": 0.01}, ()),
-    "noise_half": Part("the same with K/2 steps", ("fedit",), {**NO_BUDGET, "lr": 0.01, "steps": STEPS // 2}, ()),
+    "noise": Part("noise alone: its energy in BA", ("fedit", "la_lora"), {**NO_BUDGET, "lr": 0.01}, (), 4),
+    "noise_half": Part("the same with K/2 steps", ("fedit",), {**NO_BUDGET, "lr": 0.01, "steps": STEPS // 2}, (), 4),
     "e1": _cell(0.1, 1.0),
     "e8": _cell(0.1, 8.0),
     "d03": _cell(0.3, 3.0),
@@ -131,7 +132,8 @@ class PrivateStudy:
             part = PARTS[name]
             rates = part.rates if self.rates is None or not part.rates else self.rates
             settings = COMMON | part.settings | self.changes
-            study = Comparison(part.arms, self.seeds, settings, self.folder / name, rates, self.on_run, SEARCH_SEEDS)
+            seeds = [seed + len(self.seeds) * i for i in range(part.times) for seed in self.seeds]
+            study = Comparison(part.arms, seeds, settings, self.folder / name, rates, self.on_run, SEARCH_SEEDS)
             out[name] = study.run()
             self.searched += study.searched
             write(self.folder / f"private_{name}.jsonl", out[name])

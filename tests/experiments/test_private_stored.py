@@ -45,7 +45,7 @@ def test_arms_are_paired_at_one_budget_and_say_what_made_them(stored, part):
     results, wanted = stored[part], COMMON | PARTS[part].settings
     assert set(arms(results)) <= set(PARTS[part].arms)
     assert len({table_of(results, arm, "global", "accuracy").shape for arm in arms(results)}) == 1
-    assert {r["config"]["seed"] for r in results} == set(range(8))
+    assert {r["config"]["seed"] for r in results} in (set(range(8)), set(range(8 * PARTS[part].times)))
     for r in results:
         assert {"config", "versions", "machine", "scores", "final_sha256", "seconds"} <= r.keys() and not r["refused"]
         assert r["config"].items() <= RunConfig(**r["config"]).asdict().items()

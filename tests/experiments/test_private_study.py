@@ -6,7 +6,7 @@ import pytest
 
 from fedlora_mini.cli import main
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.experiments import private, private_sharpness
+from fedlora_mini.experiments import private, private_command, private_sharpness
 from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.claims import CLAIMS
 from fedlora_mini.experiments.config import RunConfig
@@ -106,7 +106,7 @@ def test_without_training_a_new_head_guesses(tmp_path):
 
 def test_noise_alone_obeys_the_count_of_noisy_steps(tmp_path):
     """Alternating for K steps is like both factors for K/2, and less than both for K."""
-    told = study(tmp_path, ["noise", "noise_half"], seeds=range(3), changes={"rounds": 4}).run()
+    told = study(tmp_path, ["noise", "noise_half"], seeds=(0,), changes={"rounds": 4}).run()
     mean = {}
     for part, results in told.items():
         for r in results:
@@ -145,6 +145,18 @@ def test_the_command_prints_a_table(capsys, tmp_path):
     assert main(["private", "--parts", "untrained", "--seeds", "0", "--out", str(tmp_path)]) == 0
     assert "the base under a new head" in capsys.readouterr().out
     assert json.loads((tmp_path / "private_untrained.jsonl").read_text())["config"]["rounds"] == 0
+
+
+def test_masks_are_a_task_of_the_same_study(tmp_path):
+    """A private segmentation: MiniSAM on phantoms, scored by Dice."""
+    small = {"data_options": {"per_site": 24, "val": 1, "test": 2}, "batch": 6, "rounds": 1, "steps": 2}
+    own = PrivateStudy(
+        ["half"], [0], tmp_path, private_command.SEGMENTING | SHORT | small | {"data": "phantom"}, rates=(0.1,)
+    )
+    results = own.run()["half"]
+    told = table(results)
+    assert told["dice"].size == 4 and set(told["releases"]) == {"2"}
+    assert all(r["privacy"]["q"] == pytest.approx(0.25) and r["privacy"]["epsilon"] <= 3 for r in results)
 
 
 def test_sharpness_is_compared_where_all_arms_have_the_same_training_loss():
