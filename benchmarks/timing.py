@@ -1,6 +1,7 @@
 """A/B/A/B timing in one process: ratios within a round, then their median. Absolute times drift, ratios hardly do."""
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -24,8 +25,23 @@ def seconds(act: Callable[[], Any], times: int) -> float:
     return (now() - start) / times
 
 
-def compare(setting: str, reference: str, arms: dict[str, Callable[[], Any]], rounds: int = 11) -> list[Row]:
-    """One row an arm: its time, and the ratio to `reference`, median and range over interleaved rounds."""
+def peak(act: Callable[[], Any]) -> float:
+    """MiB: the most that torch's tensors hold at once during one call, beyond what they held before."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        act()
+    assert seen.profiler is not None and seen.profiler.kineto_results is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = list(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    return max(held, default=0) / 2**20
+
+
+def compare(
+    setting: str, reference: str, arms: dict[str, Callable[[], Any]], rounds: int = 11, memory: bool = False
+) -> list[Row]:
+    """One row an arm: its time, and the ratio to `reference`, median and range over interleaved rounds.
+
+    memory: its `peak` as well.
+    """
     times = {}
     for name, act in arms.items():
         act()  # warm up
@@ -37,6 +53,7 @@ def compare(setting: str, reference: str, arms: dict[str, Callable[[], Any]], ro
     rows = []
     for name, own in taken.items():
         ratios = [a / b for a, b in zip(own, taken[reference], strict=True)]
+        extra = {"mib": round(peak(arms[name]), 1)} if memory else {}
         rows.append(
             {
                 "setting": setting,
@@ -47,6 +64,7 @@ def compare(setting: str, reference: str, arms: dict[str, Callable[[], Any]], ro
                 "range": [round(min(ratios), 3), round(max(ratios), 3)],
                 "threads": torch.get_num_threads(),
             }
+            | extra
         )
     return rows
 
