@@ -16,6 +16,7 @@ from fedlora_mini.federation.aggregation import (
     Krum,
     Nova,
     Others,
+    Selection,
     TrimmedMean,
     masked,
     mean,
@@ -28,6 +29,7 @@ from fedlora_mini.federation.aggregation import (
     uniform,
     weighted,
 )
+from fedlora_mini.federation.aggregation.selection import SCORE
 
 LAYERS = {"encoder.qkv": (7, 5), "decoder.conv": (4, 9)}  # m, n
 RANK, WEIGHTS = 3, (3.0, 1.0, 2.0, 5.0, 4.0)
@@ -57,6 +59,7 @@ RULES = {
     "FedAvgM of padded": FedAvgM(inner=padded),
     "Nova": Nova(),
     "Nova, momentum": Nova(momentum=0.9),
+    "Selection": Selection(),
     "weighted": weighted,
     "masked": masked,
     "prototypes": prototypes,
@@ -78,6 +81,8 @@ def messages(rule, client, seed):
     rng = torch.Generator().manual_seed(100 + seed)
     if rule is weighted:
         return {"~weight": torch.tensor(1.0 + seed)}
+    if isinstance(rule, Selection):
+        return {f"{SCORE}{path}": torch.rand((), generator=rng, dtype=torch.float64) for path in LAYERS}
     if rule is masked:
         return {f"{n}~mask": torch.rand(v.shape, generator=rng) > 0.4 for n, v in client.items() if n != "head.d"}
     if rule is prototypes:
