@@ -206,8 +206,11 @@ def network_command(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nfedlora: interrupted; the same command begins again", file=sys.stderr)
         return 130
-    own = result["scores"]["personal"].items()
-    _print_columns([("site", "Dice", "HD95"), *((n, f"{s['dice']:.3f}", f"{s['hd95']:.1f}") for n, s in own)])
+    own = list(result["scores"]["personal"].items())
+    metrics = {"dice": "Dice", "hd95": "HD95", "accuracy": "accuracy"}
+    known = [metric for metric in metrics if metric in next(iter(own))[1]]
+    rows = ((name, *(f"{s[m]:.1f}" if m == "hd95" else f"{s[m]:.3f}" for m in known)) for name, s in own)
+    _print_columns([("site", *(metrics[m] for m in known)), *rows])
     if told := privacy([result]):
         print()
         _print_columns([tuple(told), tuple(told.values())])

@@ -1,4 +1,4 @@
-"""A row a site, its images with the outline of the mask: the look that comes before any training."""
+"""A row a site, its images with the outline of the mask, or the class: the look that comes before any training."""
 
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,10 @@ def gallery(dataset: Dataset, per_site: int = 4) -> "Figure":
         role = "\nunseen" if site in dataset.unseen else ""
         label = f"{site.name}\n{sizes}{role}"
         row[0].text(-0.06, 0.5, label, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
-    handles = [Line2D([], [], color=_colour(c), lw=2, label=name) for c, name in enumerate(dataset.classes) if c > 0]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=9)
+    if dataset.task == "segmentation":
+        handles = [Line2D([], [], color=_colour(c), lw=2, label=n) for c, n in enumerate(dataset.classes) if c > 0]
+        ncols = min(len(handles), 6)
+        figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=9)
     figure.suptitle(f"{dataset.name}: images in train/validation/test", fontsize=10)
     return figure
 
@@ -45,6 +47,7 @@ def _colour(label: int) -> str:
 def _choose(site: Site, count: int) -> list[int]:
     """Evenly spaced training images, among those with foreground where there are enough."""
     masks = site.train.masks
+    masks = masks.view(-1, 1) if site.train.labelled else masks
     full = ((masks > 0) & (masks != IGNORE)).flatten(1).any(1).nonzero().flatten().tolist()
     pool = full if len(full) >= count else list(range(len(masks)))
     return [pool[i] for i in np.linspace(0, len(pool) - 1, min(count, len(pool))).astype(int)]
@@ -56,6 +59,9 @@ def _show(axis: "Axes", site: Site, index: int, classes: int) -> None:
         image, mask = image[..., image.shape[-1] // 2], mask[..., mask.shape[-1] // 2]
     picture = image.permute(1, 2, 0).numpy()
     axis.imshow(picture if picture.shape[2] == 3 else picture[..., 0], cmap="gray", vmin=0, vmax=1)
+    if site.train.labelled:
+        axis.set_title(f"class {int(mask)}", fontsize=9)
+        return
     for label in range(1, classes):
         if bool((mask == label).any()):
             axis.contour((mask == label).numpy(), levels=[0.5], colors=[_colour(label)], linewidths=1.1)

@@ -63,6 +63,15 @@ def table_of(results: Sequence[Result], arm: str, protocol: str, metric: str = "
     return np.array(values, dtype=float).reshape(len(values), len(values[0]) if values else 0)
 
 
+SCORES = {"dice": "Dice", "accuracy": "accuracy"}  # of a segmentation, of a classification
+
+
+def metric_of(results: Sequence[Result]) -> str:
+    """Which of them the results have."""
+    own = next(iter(results[0]["scores"]["personal"].values()))
+    return next(name for name in SCORES if name in own)
+
+
 def _leakage(found: dict[str, Any], metric: str) -> list[float]:
     if metric in found:
         return list(np.atleast_1d(found[metric]))
@@ -70,23 +79,27 @@ def _leakage(found: dict[str, Any], metric: str) -> list[float]:
 
 
 def summary(results: Sequence[Result]) -> pd.DataFrame:
-    """One row an arm: mean Dice (± standard deviation of the seeds' means), worst site, distances, costs."""
-    rows = []
+    """One row an arm: mean Dice or accuracy (± standard deviation over seeds), worst site, distances, costs."""
+    rows, metric = [], metric_of(results)
+    what = SCORES[metric]
     for method in arms(results):
         mine = [r for r in results if arm_of(r["config"]) == method]
-        own = table_of(results, method, "personal")
+        own = table_of(results, method, "personal", metric)
+        far = {"HD95 (px)": f"{table_of(results, method, 'personal', 'hd95').mean():.1f}"} if metric == "dice" else {}
         spread = f" ± {own.mean(1).std(ddof=1):.3f}" if len(own) > 1 else ""
-        new = table_of(results, method, "new site")
+        new = table_of(results, method, "new site", metric)
         errors = [r["agg_err"][-1] for r in mine if r["agg_err"][-1] is not None]
         clients = 1 if METHODS[mine[0]["config"]["method"]].pooled else len(mine[0]["scores"]["personal"])
         rows.append(
             {
                 "method": title_of(method),
-                "personal Dice": f"{own.mean():.3f}{spread}",
+                f"personal {what}": f"{own.mean():.3f}{spread}",
                 "worst site": f"{own.mean(0).min():.3f}",
-                "HD95 (px)": f"{table_of(results, method, 'personal', 'hd95').mean():.1f}",
-                "global Dice": f"{table_of(results, method, 'global').mean():.3f}",
-                "new-site Dice": f"{new.mean():.3f}" if new.size else "–",
+            }
+            | far
+            | {
+                f"global {what}": f"{table_of(results, method, 'global', metric).mean():.3f}",
+                f"new-site {what}": f"{new.mean():.3f}" if new.size else "–",
                 "trained": f"{mine[0]['trained']:,}",
                 "KB up / client / round": f"{np.mean([r['bytes_up'] for r in mine]) / clients / 1e3:.1f}",
                 "agg. error": f"{np.mean(errors):.3f}" if errors else "–",
@@ -126,11 +139,11 @@ def privacy(runs: Sequence[Result]) -> dict[str, str]:
 
 
 def differences(results: Sequence[Result], protocol: str = "personal") -> dict[tuple[str, str], Difference]:
-    """Every pair of methods with the same seeds: (a, b) -> a - b in Dice."""
-    names, out = arms(results), {}
+    """Every pair of methods with the same seeds: (a, b) -> a - b in Dice or accuracy."""
+    names, metric, out = arms(results), metric_of(results), {}
     for i, b in enumerate(names):
         for a in names[i + 1 :]:
-            left, right = table_of(results, a, protocol), table_of(results, b, protocol)
+            left, right = table_of(results, a, protocol, metric), table_of(results, b, protocol, metric)
             if left.shape == right.shape and left.size:
                 out[a, b] = paired_difference(left, right)
     return out
@@ -144,7 +157,7 @@ def difference_table(results: Sequence[Result], protocol: str = "personal") -> p
     rows = [
         {
             "difference": f"{title_of(a)} − {title_of(b)}",
-            "Dice": f"{d.mean:+.3f}",
+            SCORES[metric_of(results)]: f"{d.mean:+.3f}",
             "95 % interval": f"[{d.low:+.3f}, {d.high:+.3f}]",
             "p (Holm)": f"{corrected[a, b]:.3f}" if (a, b) in corrected else "–",
             "seeds": d.seeds,
@@ -163,15 +176,15 @@ TITLES = {
 
 def _points(axis: Axes, results: Sequence[Result], protocol: str) -> None:
     """One marker a site (mean over seeds), a black bar for the mean over sites, its number at the top."""
-    names = arms(results)
+    names, metric = arms(results), metric_of(results)
     places = np.arange(len(names))
     sites = list(next(r for r in results if protocol in r["scores"])["scores"][protocol])
     first = 0 if protocol != "new site" else 6  # unseen sites get colours of their own
     for k, site in enumerate(sites):
-        values = [table_of(results, name, protocol)[:, k].mean() for name in names]
+        values = [table_of(results, name, protocol, metric)[:, k].mean() for name in names]
         shift = (k - (len(sites) - 1) / 2) * min(0.12, 0.6 / len(sites))
         axis.plot(places + shift, values, "o", ms=5, label=site, alpha=0.85, color=f"C{(first + k) % 10}")
-    means = [table_of(results, name, protocol).mean() for name in names]
+    means = [table_of(results, name, protocol, metric).mean() for name in names]
     axis.hlines(means, places - 0.36, places + 0.36, colors="black", lw=1.5, zorder=1)
     for x, y in enumerate(means):
         axis.annotate(f"{y:.3f}", (x, 0.98), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8)
@@ -181,7 +194,7 @@ def _points(axis: Axes, results: Sequence[Result], protocol: str) -> None:
     axis.grid(axis="y", alpha=0.3)
 
 
-def _intervals(axis: Axes, pairs: dict[tuple[str, str], Difference]) -> None:
+def _intervals(axis: Axes, pairs: dict[tuple[str, str], Difference], what: str) -> None:
     """One line a pair: the mean difference and its interval; green above zero, red below, grey across."""
     rows = list(pairs.items())[::-1]
     for y, (_, d) in enumerate(rows):
@@ -191,13 +204,13 @@ def _intervals(axis: Axes, pairs: dict[tuple[str, str], Difference]) -> None:
     axis.axvline(0, color="black", lw=0.8)
     axis.set_yticks(range(len(rows)), [f"{title_of(a)} − {title_of(b)}" for (a, b), _ in rows], fontsize=8)
     axis.set_ylim(-0.7, len(rows) - 0.3)
-    axis.set_xlabel("difference in personal Dice, 95 % interval")
+    axis.set_xlabel(f"difference in personal {what}, 95 % interval")
     axis.set_title(f"paired over {rows[0][1].seeds} seeds and {rows[0][1].sites} sites", fontsize=10)
     axis.grid(axis="x", alpha=0.3)
 
 
 def figure(results: Sequence[Result], most_pairs: int = 15) -> Figure:
-    """Dice by method and site for each protocol; below, the paired differences of the personal one.
+    """Dice or accuracy by method and site for each protocol; below, the paired differences of the personal one.
 
     With more than `most_pairs` pairs, only those with the first method are drawn.
     """
@@ -213,7 +226,7 @@ def figure(results: Sequence[Result], most_pairs: int = 15) -> Figure:
     axes = top.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axis, protocol in zip(axes, shown, strict=True):
         _points(axis, results, protocol)
-    axes[0].set_ylabel("Dice on test images")
+    axes[0].set_ylabel(f"{SCORES[metric_of(results)]} on test images")
     low, high = axes[0].get_ylim()
     axes[0].set_ylim(low, high + 0.08 * (high - low))  # room for the numbers
     entries: dict[str, Artist] = {}
@@ -224,7 +237,7 @@ def figure(results: Sequence[Result], most_pairs: int = 15) -> Figure:
         entries.values(), entries.keys(), fontsize=8, title="site", loc="center left", bbox_to_anchor=(1, 0.5)
     )
     for part in rest:
-        _intervals(part.subplots(), pairs)
+        _intervals(part.subplots(), pairs, SCORES[metric_of(results)])
     first, seeds = results[0]["config"], sorted({r["config"]["seed"] for r in results})
     budget = f"{first['rounds']} rounds × {first['steps']} steps, batch {first['batch']}"
     what = f"{Path(first['data']).stem}, {first['model']}, {budget}"

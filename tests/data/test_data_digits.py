@@ -9,6 +9,7 @@ import torch
 
 from fedlora_mini.data import Split, load
 from fedlora_mini.data.digits import PUBLIC, public_digits
+from fedlora_mini.data.gallery import gallery
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation import repartition
 
@@ -84,3 +85,8 @@ def test_mnist_becomes_the_same_kind_of_data(monkeypatch):
     site = load("mnist", size=12, val=10, test=20).sites[0]
     assert site.sizes() == {"train": 30, "val": 10, "test": 20}
     assert site.train.images.shape[1:] == (3, 12, 12) and torch.allclose(site.train.images, torch.ones(()))
+
+
+def test_a_gallery_names_the_classes():
+    figure = gallery(load("digits", size=8))
+    assert [axis.get_title().startswith("class ") for axis in figure.axes] == [True] * 4 and not figure.legends

@@ -11,7 +11,7 @@ from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.claims import CLAIMS
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.private import COMMON, PARTS, PrivateStudy, curves, edges, table
-from fedlora_mini.experiments.report import read_results
+from fedlora_mini.experiments.report import read_results, write_report
 from fedlora_mini.federation import METHODS
 from fedlora_mini.metrics import recognise
 from fedlora_mini.privacy import Release, epsilon
@@ -145,6 +145,11 @@ def test_the_command_prints_a_table(capsys, tmp_path):
     assert main(["private", "--parts", "untrained", "--seeds", "0", "--out", str(tmp_path)]) == 0
     assert "the base under a new head" in capsys.readouterr().out
     assert json.loads((tmp_path / "private_untrained.jsonl").read_text())["config"]["rounds"] == 0
+
+
+def test_any_report_of_labels_speaks_of_accuracy(ran, tmp_path):
+    text, picture = write_report(ran[:3], tmp_path)
+    assert "personal accuracy" in text.read_text() and "HD95" not in text.read_text() and picture.exists()
 
 
 def test_masks_are_a_task_of_the_same_study(tmp_path):
