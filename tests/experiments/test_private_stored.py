@@ -68,10 +68,12 @@ def test_every_private_run_kept_its_promise(stored, part):
         assert budget is None or 0.99 * budget < own["epsilon"] <= budget
 
 
-def test_no_best_rate_lies_at_the_edge_of_its_grid_but_two_that_no_claim_reads(stored):
+def test_no_best_rate_lies_at_the_edge_of_its_grid_but_three_that_no_claim_reads(stored):
     searched = read_results([RATES])
     assert {r["config"]["seed"] for r in searched} == {1000}
-    assert all(line.startswith(("ffa:filter=low-pass,", "ffa:filter=rescaled,")) for line in edges(searched))
+    assert all(
+        line.startswith(("ffa:filter=low-pass,", "ffa:filter=rescaled,", "ffa, epsilon 8")) for line in edges(searched)
+    )
     found = curves(searched)
     for part, results in stored.items():
         for r in results if PARTS[part].rates else ():
