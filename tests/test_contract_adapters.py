@@ -132,7 +132,7 @@ def test_every_trained_tensor_gets_a_gradient(network, name):
     x, y = batch()
     segmentation_loss(model(x), y).sum().backward()
     for path, p in model.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and not path.endswith("psi.0.conv.bias"):  # a norm follows that takes out its one number
             assert p.grad is not None and p.grad.abs().max() > 0, path
 
 

@@ -141,7 +141,7 @@ def test_cuda_with_bf16_follows_the_cpu(tmp_path, method):
         ({"device": "gpu"}, "accepted: auto, cpu, cuda"),
         ({"precision": "fp8"}, "unknown precision"),
         ({"steps": 0}, "steps must be at least 1"),
-        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"rounds": -1}, "rounds must be at least 0"),
         ({"lr": -1.0}, "lr must be positive"),
         ({"clients": 4}, "clients needs dirichlet"),
     ],
