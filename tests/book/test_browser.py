@@ -253,7 +253,7 @@ def test_a_widget_follows_dark_mode(browser: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "figures"), [("04_adapter_zoo.html", 5), ("06_choosing_a_rank.html", 8), ("08_method_table.html", 12)]
+    ("name", "figures"), [("04_adapter_zoo.html", 5), ("06_choosing_a_rank.html", 8), ("08_method_table.html", 13)]
 )
 def test_every_picture_of_the_table_chapters_is_drawn_and_numbered(browser: Any, name: str, figures: int) -> None:
     with Visit(browser, f"{HTML.as_uri()}/{name}") as visit:
