@@ -242,7 +242,6 @@ def fewshot_command(args: argparse.Namespace) -> None:
     from fedlora_mini.experiments.compare import parse_seeds
     from fedlora_mini.experiments.fewshot import ARMS, TASKS, Study
     from fedlora_mini.experiments.fewshot.report import write_report
-    from fedlora_mini.experiments.fewshot.run import SEARCH_SPLITS
 
     if args.list:
         _print_columns([("task", "what"), *((name, row.summary) for name, row in TASKS.items())])
@@ -252,17 +251,18 @@ def fewshot_command(args: argparse.Namespace) -> None:
     tasks, arms, shots = args.tasks.split(","), args.arms or list(ARMS), parse_seeds(args.shots)
     splits, folder = parse_seeds(args.splits), Path(args.out or f"runs/fewshot-{args.tasks.replace(',', '-')}")
     rates = [float(rate) for rate in (args.search_lr or str(args.lr)).split(",")]
-    settings = {"steps": args.steps, "batch": args.batch, "threads": args.threads}
+    settings = {"steps": args.steps, "batch": args.batch, "patience": args.patience, "threads": args.threads}
     settings |= {"changes": tuple(_options(args.change).items())}
-    searched = len(arms) * len(rates) * len(SEARCH_SPLITS) * (len(rates) > 1)
-    bar = tqdm(total=len(tasks) * len(arms) * len(shots) * len(splits) + searched, unit="run", disable=None)
+    searched = parse_seeds(args.search_splits)
+    looked = len(arms) * len(rates) * len(searched) * (len(rates) > 1)
+    bar = tqdm(total=len(tasks) * len(arms) * len(shots) * len(splits) + looked, unit="run", disable=None)
 
     def on_run(record: dict[str, Any]) -> None:
         bar.update()
         own = record["config"]
         bar.set_postfix_str(f"{own['task']} {own['arm']} {own['shots']} shots: Dice {record['dice']:.3f}")
 
-    study = Study(tasks, arms, shots, splits, folder, rates, settings, on_run)
+    study = Study(tasks, arms, shots, splits, folder, rates, settings, on_run, searched)
     results = study.run()
     bar.close()
     text, pictures = write_report(results, folder)
@@ -424,9 +424,11 @@ def parser() -> argparse.ArgumentParser:
     few.add_argument("--shots", default="1,2,5,10", help="labelled images, such as 5 or 1,2,5,10 [1,2,5,10]")
     few.add_argument("--splits", default="0-2", help="such as 0-7: other labelled images and test images [0-2]")
     few.add_argument("--search-lr", metavar="RATES", help="a grid, the same for every arm, on the tuning task")
+    few.add_argument("--search-splits", default="1000-1002", help="splits of the tuning task [1000-1002]")
     few.add_argument("--lr", type=float, default=5e-3, help="one rate for all arms, without --search-lr [5e-3]")
     few.add_argument("--steps", type=int, default=120, help="at most so many steps [120]")
     few.add_argument("--batch", type=int, default=4)
+    few.add_argument("--patience", type=int, default=40, help="steps without a fall of the loss that end training [40]")
     few.add_argument("--change", action="append", default=[], metavar="NAME=VALUE", help="an option of the regulariser")
     few.add_argument("--threads", type=int, default=1)
     few.add_argument("--out", metavar="FOLDER", help="where to write [runs/fewshot-…]")

@@ -104,9 +104,11 @@ def is_pointwise(layer: Any) -> bool:
 def pointwise(x: Tensor, W: Tensor) -> Tensor:
     """x (N, g*n, *S) times W (G, g, m, n), the same at every voxel -> (N, g*m, *S); g are the groups of channels.
 
-    A batched matmul: unlike a convolution it copies no layout.
+    A matmul, which unlike a convolution copies no layout: channels-last stays channels-last.
     """
     G, g, m, n = W.shape
+    if G == g == 1 and x.dim() > 2 and x.movedim(1, -1).is_contiguous():
+        return F.linear(x.movedim(1, -1), W[0, 0]).movedim(-1, 1)
     y = W.unsqueeze(1) @ x.reshape(G, group_size(x, G), g, n, -1)  # (G, N/G, g, m, voxels)
     return y.reshape(x.shape[0], g * m, *x.shape[2:])
 

@@ -46,6 +46,7 @@ class FewshotConfig:
     lr: float = 5e-3
     steps: int = 120  # at most
     batch: int = 4
+    patience: int = 40  # training ends once the loss, a mean over half as many steps, stands still for so many
     threads: int = 1
     changes: tuple[tuple[str, Any], ...] = ()
 
@@ -85,6 +86,7 @@ class Adaptation:
 def adapt(config: FewshotConfig, device: str = "cpu") -> Adaptation:
     """Adapt the arm to k images of the task and score it on the task's test images."""
     torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)  # a MeshNet that fades out in training takes five times as long without
     row, what = arm(config.arm), task(config.task)
     few, many, classes = _drawn(config.task, config.shots, config.split)
     began = perf_counter()
@@ -102,7 +104,7 @@ def adapt(config: FewshotConfig, device: str = "cpu") -> Adaptation:
         rows = index[step - 1].to(device)
         return flips(images[rows], masks[rows], rng)
 
-    plateau = Plateau()
+    plateau = Plateau(config.patience // 2, config.patience)
     table = keys(model, list(start))
     (state,), _ = train(model, method, table, [start], batches, budget, 1, stop=plateau)
     if row.finish is not None:
@@ -162,7 +164,7 @@ def _ranks(model: nn.Module, state: State) -> dict[str, Any]:
 class Study:
     """Arms x shots x splits of some tasks, each arm with its own rate from one grid; resumable, one line a run.
 
-    The rate of an arm is the one with the best mean Dice on the task's tuning task, over SEARCH_SPLITS at SEARCH_SHOTS.
+    The rate of an arm is the one with the best mean Dice on the task's tuning task, over `searched` at SEARCH_SHOTS.
     """
 
     tasks: Sequence[str]
@@ -173,6 +175,7 @@ class Study:
     rates: Sequence[float] = RATES
     settings: dict[str, Any] | None = None
     on_run: Callable[[dict[str, Any]], None] = lambda record: None
+    searched: Sequence[int] = SEARCH_SPLITS
 
     def __post_init__(self) -> None:
         self._done: dict[str, dict[str, Any]] = {}
@@ -205,7 +208,7 @@ class Study:
             return self.rates[0]
         base = FewshotConfig(task=tune, arm=name, shots=SEARCH_SHOTS, **(self.settings or {}))
         tried = {
-            lr: sum(self._one(replace(base, lr=lr, split=s), "search.jsonl")["dice"] for s in SEARCH_SPLITS)
+            lr: sum(self._one(replace(base, lr=lr, split=s), "search.jsonl")["dice"] for s in self.searched)
             for lr in sorted(self.rates)
         }
         return max(tried, key=lambda lr: tried[lr])
