@@ -88,7 +88,8 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
         far = {"HD95 (px)": f"{table_of(results, method, 'personal', 'hd95').mean():.1f}"} if metric == "dice" else {}
         spread = f" ± {own.mean(1).std(ddof=1):.3f}" if len(own) > 1 else ""
         new = table_of(results, method, "new site", metric)
-        errors = [r["agg_err"][-1] for r in mine if r["agg_err"][-1] is not None]
+        errors = [last for r in mine for last in r["agg_err"][-1:] if last is not None]
+        sent = [each for r in mine for each in r["bytes_up"]]
         clients = 1 if METHODS[mine[0]["config"]["method"]].pooled else len(mine[0]["scores"]["personal"])
         rows.append(
             {
@@ -101,7 +102,7 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
                 f"global {what}": f"{table_of(results, method, 'global', metric).mean():.3f}",
                 f"new-site {what}": f"{new.mean():.3f}" if new.size else "–",
                 "trained": f"{mine[0]['trained']:,}",
-                "KB up / client / round": f"{np.mean([r['bytes_up'] for r in mine]) / clients / 1e3:.1f}",
+                "KB up / client / round": f"{np.mean(sent) / clients / 1e3:.1f}" if sent else "–",
                 "agg. error": f"{np.mean(errors):.3f}" if errors else "–",
                 "lr": ", ".join(sorted({f"{r['config']['lr']:g}" for r in mine})),
                 "s / run": f"{np.mean([r['seconds'] for r in mine]):.0f}",

@@ -86,3 +86,10 @@ def test_data_without_unseen_sites_have_a_report(tmp_path):
     assert "new site" not in results[0]["scores"]
     assert summary(results)["new-site Dice"].tolist() == ["–"]
     assert write_report(results, tmp_path)[0].exists()
+
+
+def test_runs_of_no_rounds_have_a_report(tmp_path):
+    results = Comparison(["fedit", "iat"], [0, 1], {**TINY, "rounds": 0}, tmp_path).run()
+    table = summary(results)
+    assert set(table["KB up / client / round"]) == set(table["agg. error"]) == {"–"}
+    assert all(path.is_file() for path in write_report(results, tmp_path))
