@@ -95,6 +95,11 @@ class Method:
             parts = [replace(p, **{name: value}) if has else p for p, has in zip(parts, having, strict=True)]
         return replace(self, rule=parts[0], objective=tuple(parts[1:-1]), work=parts[-1])
 
+    def seeded(self, seed: int) -> "Method":
+        """The row whose rule draws what it draws by this seed; the row itself if its rule draws nothing."""
+        draws = is_dataclass(self.rule) and "seed" in {f.name for f in fields(self.rule)}
+        return self.but(seed=seed) if draws else self
+
     def _filtered(self, name: str) -> "Method":
         if name not in FILTERS:
             raise unknown("filter", name, FILTERS)

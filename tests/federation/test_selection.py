@@ -11,6 +11,7 @@ from fedlora_mini.adapters import keys, prepare, trainable
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import parse_arm
+from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.federation import METHODS, Budget, Server, Update, federate
 from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.aggregation.selection import ROUND, SCORE, Selection, probability
@@ -73,6 +74,13 @@ def test_probabilities_are_the_cards():
     assert probability(3.0, 1.0, 0.5) == pytest.approx(1 / (1 + math.exp(-(2 / 4) / 0.5)))
     assert probability(0.0, 0.0, 0.1) == 0.5 and probability(1.0, -1.0, 1.0) == probability(5.0, -5.0, 1.0)
     assert probability(1.0, 0.0, 0.1) > 0.9999 > probability(1.0, 0.0, 1.0)
+
+
+def test_the_draws_follow_the_seed_of_the_run_unless_the_row_says_another():
+    config = RunConfig(method="as_lora", seed=3)
+    assert config.row.rule == Selection(seed=3) and config.but(seed=4).row.rule == Selection(seed=4)
+    assert config.but(change={"seed": 7}).row.rule == Selection(seed=7)
+    assert RunConfig(method="rolora", seed=3).row == METHODS["rolora"], "a mean draws nothing"
 
 
 def told(scores):
