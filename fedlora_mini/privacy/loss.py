@@ -49,7 +49,13 @@ def distribution(history: "tuple[Release, ...]", interval: float) -> Any:
 
 def epsilon_of(history: "Sequence[Release]", delta: float, interval: float) -> float:
     """The composed distribution's epsilon, over both directions: a record added, a record removed."""
-    return float(distribution(tuple(history), interval).get_epsilon_for_delta(delta))
+    return _epsilon(tuple(history), delta, interval)
+
+
+@lru_cache(maxsize=256)
+def _epsilon(history: "tuple[Release, ...]", delta: float, interval: float) -> float:
+    """Remembered, since all clients of a run ask for the same sums in every round."""
+    return float(distribution(history, interval).get_epsilon_for_delta(delta))
 
 
 def _single(sigma: float, q: float, interval: float) -> Any:
