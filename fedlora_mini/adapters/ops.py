@@ -189,6 +189,17 @@ def up(layer: Any, h: Tensor, B: Tensor) -> Tensor:
     return pointwise(h, B.reshape(G, layer.groups, m // layer.groups, r))
 
 
+def is_thin(layer: Any, rank: int) -> bool:
+    """Whether A, then B cost fewer multiplications than BA: a voxel takes r n in each of g groups and m r, or m n.
+
+    A depthwise convolution is never thin: g = m.
+    """
+    m, n = matrix_shape(layer)
+    return rank * (getattr(layer, "groups", 1) * n + m) < m * n
+
+
 def lowrank(layer: Any, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """x -> (BA) x without forming BA. A: (r, n), B: (m, r), or (G, r, n) and (G, m, r)."""
-    return up(layer, down(layer, x, A), B)
+    """x -> (BA) x. A: (r, n), B: (m, r), or (G, r, n) and (G, m, r). BA is formed where the layer is not thin."""
+    if is_thin(layer, A.shape[-2]):
+        return up(layer, down(layer, x, A), B)
+    return operate(layer, x, to_weight(layer, B @ A))
