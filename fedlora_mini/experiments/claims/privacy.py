@@ -6,7 +6,7 @@ rate from one grid. `private_half` has half the local steps with the noise recal
 
 from typing import Any
 
-from fedlora_mini.experiments.claim import Claim
+from fedlora_mini.experiments.claims.claim import Claim
 from fedlora_mini.experiments.private import AS
 
 LA = "liu2026lalora"

@@ -1,0 +1,165 @@
+"""Which factors travel: one LoRA for all against alone, the 2x2 of shifts by assignments, SOR. methods.md section 9."""
+
+from fedlora_mini.experiments.claims.claim import MARGIN, Claim
+
+
+def _cell(
+    text: str,
+    a: str,
+    b: str,
+    cell: str,
+    *,
+    sign: int = +1,
+    source: str = "zhao2026iat",
+    protocol: str = "personal",
+    not_matched: str = "how the bytes divide between encoder and decoder",
+) -> Claim:
+    """A claim on one cell of the 2x2 of simulated shifts."""
+    return Claim(text, a, b, f"factorial_{cell}.jsonl", sign, protocol, source=source, not_matched=not_matched)
+
+
+def _sor(text: str, metric: str, sign: int = -1, protocol: str = "leakage", margin: float = 0.01) -> Claim:
+    a, b, matched = "iat_sor:form=exact,lam=0.01", "iat", "rounds, steps, batches, initial weights, data, rank, bytes"
+    return Claim(text, a, b, "sor_both.jsonl", sign, protocol, metric, margin, "zhao2026iat", matched, "nothing")
+
+
+AVERAGING: dict[str, Claim] = {
+    "fedit-below-local": Claim(
+        "When sites differ in appearance, one shared LoRA (FedIT) is worse for a site's own data than training alone.",
+        "fedit",
+        "local",
+        "phantom_appearance.jsonl",
+        -1,
+    ),
+    "fedit-below-local-supervision": Claim(
+        "When sites differ in how they annotate, FedIT is worse for a site's own data than training alone.",
+        "fedit",
+        "local",
+        "phantom_supervision.jsonl",
+        -1,
+    ),
+    "fedit-below-local-nuclei": Claim(
+        "On four real nuclei domains, FedIT is worse for a domain's own data than training alone.",
+        "fedit",
+        "local",
+        "nuclei_domains.jsonl",
+        -1,
+    ),
+    "fedit-new-site": Claim(
+        "For a site that never trained, FedIT's shared model is better than the mean of locally trained ones.",
+        "fedit",
+        "local",
+        "phantom_appearance.jsonl",
+        +1,
+        protocol="new site",
+    ),
+    "exactness-helps": Claim(
+        "An exact average helps: RoLoRA, whose aggregation error is zero, beats FedIT at equal rounds and steps.",
+        "rolora",
+        "fedit",
+        "phantom_appearance.jsonl",
+        +1,
+        source="chen2024rolora",
+        not_matched="bytes sent (RoLoRA sends one factor a round), updates per factor (half)",
+    ),
+    "fedsa-over-fedit": Claim(
+        "Sharing A alone (FedSA) beats sharing both factors on each site's own data.",
+        "fedsa",
+        "fedit",
+        "phantom_appearance.jsonl",
+        +1,
+        source="guo2025fedsa",
+        not_matched="bytes sent, and the head, which FedSA keeps at the site",
+    ),
+    "iat-sharing-over-fedsa-nuclei": Claim(
+        "On real nuclei domains, IAT's sharing beats FedSA on each domain's own data.",
+        "iat",
+        "fedsa",
+        "nuclei_domains.jsonl",
+        +1,
+        source="zhao2026iat",
+        not_matched="bytes sent, and the head: IAT shares it, FedSA does not",
+    ),
+}
+
+TWO_BY_TWO: dict[str, Claim] = {
+    # I1: the preference flips with the kind of shift. The four assignments keep the head at the site.
+    "share-b-under-appearance": _cell(
+        "Where sites differ in appearance alone, sharing B (A stays) beats sharing A (B stays) in both regions.",
+        "inverse_fedsa",
+        "fedsa",
+        "appearance",
+    ),
+    "share-a-under-supervision": _cell(
+        "Where sites differ in annotation alone, sharing A (B stays) beats sharing B (A stays) in both regions.",
+        "fedsa",
+        "inverse_fedsa",
+        "supervision",
+    ),
+    "preference-flips": _cell(
+        "What sharing B instead of A gains is larger under a shift of appearance than under one of annotation.",
+        "inverse_fedsa - fedsa",
+        "inverse_fedsa@factorial_supervision - fedsa@factorial_supervision",
+        "appearance",
+    ),
+    # I2: with both shifts, B shared in the encoder and A in the decoder is the best of four and the opposite the worst
+    "iat-over-anti": _cell(
+        "Under both shifts IAT's assignment beats the opposite one.", "iat_own_head", "anti_own_head", "both"
+    ),
+    "iat-over-fedsa": _cell(
+        "Under both shifts IAT's assignment beats sharing A everywhere (FedSA).", "iat_own_head", "fedsa", "both"
+    ),
+    "iat-over-inverse": _cell(
+        "Under both shifts IAT's assignment beats sharing B everywhere.", "iat_own_head", "inverse_fedsa", "both"
+    ),
+    "anti-worst": _cell(
+        "Under both shifts the opposite assignment is the worst of the four: below sharing A everywhere.",
+        "anti_own_head",
+        "fedsa",
+        "both",
+        sign=-1,
+    ),
+    "iat-over-fedit-both": _cell(
+        "Under both shifts IAT beats one LoRA for all (FedIT).",
+        "iat",
+        "fedit",
+        "both",
+        not_matched="bytes sent (FedIT twice as many)",
+    ),
+    "iat-over-local-both": _cell(
+        "Under both shifts IAT beats training alone at the same rank.",
+        "iat",
+        "local",
+        "both",
+        not_matched="bytes sent (none by a site alone)",
+    ),
+    "dual-over-fedit-new-site": _cell(
+        "A shared and a private branch serve a new site better than one shared LoRA.",
+        "dual",
+        "fedit",
+        "both",
+        source="",
+        protocol="new site",
+        not_matched="trained parameters (two branches of rank 4 against one)",
+    ),
+    # I3: what the orthogonality regulariser does, at one weight of its exact form
+    "sor-lowers-m2": _sor("SOR lowers the squared cosine of shared and private change (its own target).", "leak_cos2"),
+    "sor-lowers-m3": _sor(
+        "SOR lowers the share of the common change that lies in the span of the sites' own ones.", "leak_explained"
+    ),
+    "sor-lowers-probe": _sor("SOR makes sites harder to tell from their updates of the shared factor.", "site_probe"),
+    "sor-lowers-swap-drop": _sor(
+        "With SOR a site loses less with another site's private factors.", "swap_drop", margin=MARGIN
+    ),
+    "sor-improves-dice": _sor("SOR improves Dice on each site's own data.", "dice", +1, "personal", MARGIN),
+    "sor-improves-new-site": _sor("SOR improves Dice at sites that never trained.", "dice", +1, "new site", MARGIN),
+    # I4
+    "no-free-lunch": _cell(
+        "Where sites do not differ, private factors cost nothing: IAT and FedIT score the same.",
+        "iat",
+        "fedit",
+        "none",
+        sign=0,
+        not_matched="bytes sent (FedIT twice as many)",
+    ),
+}

@@ -1,0 +1,43 @@
+"""The same questions at real sites: polyps of five hospitals, gliomas of four institutions, four domains of nuclei."""
+
+from fedlora_mini.experiments.claims.claim import Claim
+
+
+def _hospitals(name: str, what: str) -> dict[str, Claim]:
+    """The claims on one set of real sites. `near-…`: the signs that `results/nearness.jsonl` predicts for it."""
+
+    def claim(
+        text: str, a: str, b: str, sign: int = +1, source: str = "zhao2026iat", not_matched: str = "bytes sent"
+    ) -> Claim:
+        results = f"hospitals_{name}.jsonl"
+        return Claim(f"On {what}, {text}", a, b, results, sign, source=source, not_matched=not_matched)
+
+    own, sor = "on each one's own data", "iat_sor:form=exact,lam=0.01"
+    told = "as the sites' own updates predict"
+    return {
+        f"iat-over-fedsa-{name}": claim(f"IAT's assignment beats FedSA's {own}.", "iat_own_head", "fedsa"),
+        f"iat-over-fedit-{name}": claim(f"IAT beats one LoRA for all (FedIT) {own}.", "iat", "fedit"),
+        f"iat-over-local-{name}": claim(f"IAT's sharing beats training alone {own}.", "iat", "local"),
+        f"sor-improves-{name}": claim(f"SOR improves IAT's Dice {own}.", sor, "iat", not_matched="nothing"),
+        f"near-one-factor-{name}": claim(
+            f"one A everywhere is better than one B everywhere, {told}.", "inverse_fedsa", "fedsa", -1, source=""
+        ),
+        f"near-two-factors-{name}": claim(
+            f"the assignment opposite to IAT's is better, {told}.", "iat_own_head", "anti_own_head", -1, source=""
+        ),
+    }
+
+
+SITES: dict[str, Claim] = {
+    **_hospitals("polypgen", "five hospitals' polyps"),
+    **_hospitals("lgg", "gliomas of four institutions"),
+    "iat-over-local-nuclei": Claim(
+        "On four real nuclei domains, IAT's sharing beats training alone on each domain's own data.",
+        "iat",
+        "local",
+        "nuclei_domains.jsonl",
+        +1,
+        source="zhao2026iat",
+        not_matched="bytes sent (none by a site alone)",
+    ),
+}
