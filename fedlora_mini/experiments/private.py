@@ -178,12 +178,15 @@ def table(results: Sequence[Result]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index="arm")
 
 
-def curves(searched: Sequence[Result]) -> dict[tuple[str, float | None, float | None, int], dict[float, float]]:
-    """(arm, epsilon, dirichlet, steps) -> rate -> mean validation score over the search's seeds."""
-    told: dict[tuple[str, float | None, float | None, int], dict[float, list[float]]] = {}
+Searched = tuple[str, float | None, float | None, int, str]
+
+
+def curves(searched: Sequence[Result]) -> dict[Searched, dict[float, float]]:
+    """(arm, epsilon, dirichlet, steps, data) -> rate -> mean validation score over the search's seeds."""
+    told: dict[Searched, dict[float, list[float]]] = {}
     for r in searched:
         own = r["config"]
-        key = arm_of(own), own["epsilon"], own["dirichlet"], own["steps"]
+        key = arm_of(own), own["epsilon"], own["dirichlet"], own["steps"], own["data"]
         told.setdefault(key, {}).setdefault(own["lr"], []).append(validation(r))
     return {k: {lr: sum(v) / len(v) for lr, v in sorted(by.items())} for k, by in told.items()}
 
@@ -191,8 +194,9 @@ def curves(searched: Sequence[Result]) -> dict[tuple[str, float | None, float | 
 def edges(searched: Sequence[Result]) -> list[str]:
     """The arms whose best rate is the smallest or the largest that was tried, in words."""
     found = []
-    for (arm, epsilon, alpha, steps), curve in curves(searched).items():
+    for (arm, epsilon, alpha, steps, data), curve in curves(searched).items():
         best = max(curve, key=lambda rate: curve[rate])
         if best in (min(curve), max(curve)) and len(curve) > 1:
-            found.append(f"{arm}, epsilon {epsilon}, Dirichlet {alpha}, {steps} steps: best rate {best:g} is an edge")
+            told = f"{arm} on {data}, epsilon {epsilon}, Dirichlet {alpha}, {steps} steps"
+            found.append(f"{told}: best rate {best:g} is an edge")
     return found

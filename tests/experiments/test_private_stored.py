@@ -44,8 +44,9 @@ def test_the_parts_that_claims_read_are_stored():
 def test_arms_are_paired_at_one_budget_and_say_what_made_them(stored, part):
     results, wanted = stored[part], COMMON | PARTS[part].settings
     assert set(arms(results)) <= set(PARTS[part].arms)
-    assert len({table_of(results, arm, "global", "accuracy").shape for arm in arms(results)}) == 1
-    assert {r["config"]["seed"] for r in results} in (set(range(8)), set(range(8 * PARTS[part].times)))
+    metric = "dice" if wanted["model"] == "minisam" else "accuracy"
+    assert len({table_of(results, arm, "global", metric).shape for arm in arms(results)}) == 1
+    assert {r["config"]["seed"] for r in results} in (set(range(n * PARTS[part].times)) for n in (5, 8))
     for r in results:
         assert {"config", "versions", "machine", "scores", "final_sha256", "seconds"} <= r.keys() and not r["refused"]
         assert r["config"].items() <= RunConfig(**r["config"]).asdict().items()
@@ -68,17 +69,14 @@ def test_every_private_run_kept_its_promise(stored, part):
         assert budget is None or 0.99 * budget < own["epsilon"] <= budget
 
 
-def test_no_best_rate_lies_at_the_edge_of_its_grid_but_three_that_no_claim_reads(stored):
+def test_no_best_rate_lies_at_the_edge_of_what_was_tried(stored):
     searched = read_results([RATES])
-    assert {r["config"]["seed"] for r in searched} == {1000}
-    assert all(
-        line.startswith(("ffa:filter=low-pass,", "ffa:filter=rescaled,", "ffa, epsilon 8")) for line in edges(searched)
-    )
+    assert {r["config"]["seed"] for r in searched} == {1000} and not edges(searched)
     found = curves(searched)
     for part, results in stored.items():
         for r in results if PARTS[part].rates else ():
             own = r["config"]
-            curve = found[arm_of(own), own["epsilon"], own["dirichlet"], own["steps"]]
+            curve = found[arm_of(own), own["epsilon"], own["dirichlet"], own["steps"], own["data"]]
             assert len(curve) >= 5 and curve[own["lr"]] == max(curve.values())
 
 
