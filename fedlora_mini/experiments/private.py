@@ -78,7 +78,8 @@ def _cell(alpha: float, epsilon: float) -> Part:
 NO_BUDGET = {"epsilon": None, "sigma": 200.0}
 OPEN = {"epsilon": None, "execution": "grouped"}
 UNTRAINED = {"epsilon": None, "rounds": 0}
-MNIST = {"data": "mnist"}
+MNIST: dict[str, Any] = {"data": "mnist"}
+LONG = {"rounds": 20, "batch": 32}
 # MiniSAM at rank 1 trains 3.7 k numbers; eight sites with an appearance each, whose images are not dealt.
 PHANTOM: dict[str, Any] = {"data": "phantom", "model": "minisam", "rank": 1, "size": 24, "batch": 8, "rounds": 6}
 PHANTOM |= {"dirichlet": None, "clients": None, "data_options": {"n_sites": 8, "per_site": 64, "val": 8, "test": 16}}
@@ -115,6 +116,8 @@ PARTS: dict[str, Part] = {
     "mnist": Part("MNIST in the place of the digits", (*PLAIN, "la_lora:first=A"), MNIST),
     "mnist_half": Part("MNIST with K/2 steps", ("fedit",), {**MNIST, "steps": STEPS // 2}),
     "mnist_open": Part("MNIST without privacy", ("fedit", "la_lora"), MNIST | OPEN),
+    "mnist_long": Part("MNIST, twice the rounds and the expected batch", PLAIN, MNIST | LONG),
+    "mnist_long_open": Part("the same without privacy", ("fedit", "la_lora"), MNIST | LONG | OPEN),
     "mnist_untrained": Part("MNIST: the base under a new head", ("fedit",), MNIST | UNTRAINED, ()),
     "phantom": Part(
         "segmentation of the phantom at eight sites: schedules, without and with the low-pass filter",
@@ -178,15 +181,15 @@ def table(results: Sequence[Result]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index="arm")
 
 
-Searched = tuple[str, float | None, float | None, int, str]
+Searched = tuple[str, float | None, float | None, int, str, int]
 
 
 def curves(searched: Sequence[Result]) -> dict[Searched, dict[float, float]]:
-    """(arm, epsilon, dirichlet, steps, data) -> rate -> mean validation score over the search's seeds."""
+    """(arm, epsilon, dirichlet, steps, data, rounds) -> rate -> mean validation score over the search's seeds."""
     told: dict[Searched, dict[float, list[float]]] = {}
     for r in searched:
         own = r["config"]
-        key = arm_of(own), own["epsilon"], own["dirichlet"], own["steps"], own["data"]
+        key = arm_of(own), own["epsilon"], own["dirichlet"], own["steps"], own["data"], own["rounds"]
         told.setdefault(key, {}).setdefault(own["lr"], []).append(validation(r))
     return {k: {lr: sum(v) / len(v) for lr, v in sorted(by.items())} for k, by in told.items()}
 
@@ -194,9 +197,9 @@ def curves(searched: Sequence[Result]) -> dict[Searched, dict[float, float]]:
 def edges(searched: Sequence[Result]) -> list[str]:
     """The arms whose best rate is the smallest or the largest that was tried, in words."""
     found = []
-    for (arm, epsilon, alpha, steps, data), curve in curves(searched).items():
+    for (arm, epsilon, alpha, steps, data, rounds), curve in curves(searched).items():
         best = max(curve, key=lambda rate: curve[rate])
         if best in (min(curve), max(curve)) and len(curve) > 1:
-            told = f"{arm} on {data}, epsilon {epsilon}, Dirichlet {alpha}, {steps} steps"
+            told = f"{arm} on {data}, epsilon {epsilon}, Dirichlet {alpha}, {rounds} × {steps} steps"
             found.append(f"{told}: best rate {best:g} is an edge")
     return found

@@ -76,7 +76,8 @@ def test_no_best_rate_lies_at_the_edge_of_what_was_tried(stored):
     for part, results in stored.items():
         for r in results if PARTS[part].rates else ():
             own = r["config"]
-            curve = found[arm_of(own), own["epsilon"], own["dirichlet"], own["steps"], own["data"]]
+            key = own["epsilon"], own["dirichlet"], own["steps"], own["data"], own["rounds"]
+            curve = found[arm_of(own), *key]
             assert len(curve) >= 5 and curve[own["lr"]] == max(curve.values())
 
 

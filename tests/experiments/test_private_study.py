@@ -95,9 +95,9 @@ def test_rates_are_searched_on_a_seed_that_is_not_reported_and_edges_are_named(t
     stored = read_results([tmp_path / "private_rates.jsonl"])
     assert {r["config"]["seed"] for r in stored} == {1000} and len(stored) == 4
     found = curves(stored)
-    assert found.keys() == {(arm, 3.0, 0.1, 4, "digits") for arm in ("ffa", "la_lora")}
+    assert found.keys() == {(arm, 3.0, 0.1, 4, "digits", 2) for arm in ("ffa", "la_lora")}
     for r in results:
-        curve = found[arm_of(r["config"]), 3.0, 0.1, 4, "digits"]
+        curve = found[arm_of(r["config"]), 3.0, 0.1, 4, "digits", 2]
         assert curve[r["config"]["lr"]] == max(curve.values())
     assert len(edges(stored)) == 2 and "is an edge" in edges(stored)[0], "of two rates the better one is an edge"
     assert not edges([])

@@ -184,6 +184,12 @@ PRIVACY: dict[str, Claim] = {
         matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
         not_matched="local steps, bytes per step, numbers noised in a step",
     ),
+    "la-over-rolora-mnist-long": _private(
+        "With twice the rounds and twice the batch, LA-LoRA beats RoLoRA on MNIST.", "la_lora", "rolora", "mnist_long"
+    ),
+    "la-over-dplora-mnist-long": _private(
+        "With twice the rounds and twice the batch, LA-LoRA beats DP-LoRA on MNIST.", "la_lora", "fedit", "mnist_long"
+    ),
     "b-first-mnist": _private("On MNIST B first beats A first.", "la_lora", "la_lora:first=A", "mnist"),
     "la-over-rolora-phantom": _private(
         "Segmenting the phantom, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "phantom", **SITES
