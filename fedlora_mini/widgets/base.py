@@ -27,8 +27,12 @@ widget.render({ model, el: document.getElementById("%(id)s") });
 
 
 def load(name: str) -> str:
-    """The text of a widget's module. Text, not a path: anywidget watches paths for edits, and the page inlines it."""
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    """The text of a widget's module, behind the parts that all share: one module, which imports nothing.
+
+    Text, not a path: anywidget watches paths for edits, and the page inlines it.
+    """
+    folder = Path(__file__).parent
+    return "\n".join((folder / each).read_text(encoding="utf-8") for each in ("parts.js", name))
 
 
 class PageWidget(anywidget.AnyWidget):

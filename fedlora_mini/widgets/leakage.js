@@ -94,9 +94,6 @@ const CSS = `
 `;
 
 const W = 230, H = 170, LEFT = 30, RIGHT = 8, TOP = 14, BOTTOM = 34, FLOOR = H - BOTTOM;
-const px = (x) => x.toFixed(1);
-const line = (name, x1, y1, x2, y2) => `<line class="${name}" x1="${px(x1)}" y1="${px(y1)}" x2="${px(x2)}" y2="${px(y2)}"/>`;
-const text = (x, y, words, anchor = "middle") => `<text x="${px(x)}" y="${px(y)}" text-anchor="${anchor}">${words}</text>`;
 const degrees = (c) => (Math.acos(Math.sqrt(c)) * 180) / Math.PI;
 const angles = (list) => list.map((c) => `${degrees(c).toFixed(0)}°`).join(", ");
 
@@ -131,31 +128,6 @@ function curves(was, now, step) {
     `<circle class="fl-dot" cx="${px(x(step))}" cy="${px(y(now[step]))}" r="4"/>`;
 }
 
-function slider(label, min, max, step) {
-  const box = document.createElement("label"), value = document.createElement("b");
-  const input = Object.assign(document.createElement("input"), { type: "range", min, max, step });
-  box.append(label + " = ", value, input);
-  input.addEventListener("keydown", (event) => event.stopPropagation()); // JupyterLab takes the arrows otherwise
-  return { box, input, show: (x, words) => { input.value = x; value.textContent = words; input.setAttribute("aria-valuetext", words); } };
-}
-
-function picture(caption) {
-  const box = document.createElement("figure"), note = document.createElement("figcaption");
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
-  svg.setAttribute("role", "img");
-  note.textContent = caption;
-  box.append(svg, note);
-  return { box, draw: (shapes, label) => { svg.innerHTML = shapes; svg.setAttribute("aria-label", label); } };
-}
-
-function row(...items) {
-  const box = document.createElement("div");
-  box.className = "fl-row";
-  box.append(...items);
-  return box;
-}
-
 const ROWS = [["leak_cos2", "leak_cos2, mean of sites"], ["leak_explained", "leak_explained"], ["overlap", "overlap of columns"],
   ["drift", "norm of the averaged drift"]];
 const cells = (now, was, luck) => "<thead><tr><th></th><th>with SOR</th><th>without</th><th>by chance</th></tr></thead>" +
@@ -169,9 +141,9 @@ function render({ model, el }) {
     sites: slider("sites K", 2, 8, 1), lam: slider("SOR weight λ", 0, LAMBDAS.length - 1, 1),
     step: slider("local steps", 1, STEPS, 1),
   };
-  const fan = picture("Principal angles of the columns. Red: a private direction; above it the nearest one of the averaged shared change.");
-  const drift = picture("The averaged drift. Red: its part in the span of the sites' private changes.");
-  const course = picture("leak_cos2 during the round, mean of the sites.");
+  const fan = picture("Principal angles of the columns. Red: a private direction; above it the nearest one of the averaged shared change.", W, H);
+  const drift = picture("The averaged drift. Red: its part in the span of the sites' private changes.", W, H);
+  const course = picture("leak_cos2 during the round, mean of the sites.", W, H);
   const result = document.createElement("p"), note = document.createElement("p"), style = document.createElement("style");
   const table = document.createElement("table");
   result.className = note.className = "fl-result";

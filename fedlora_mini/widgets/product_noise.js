@@ -53,9 +53,6 @@ const CSS = `
 `;
 
 const W = 230, H = 170, LEFT = 30, RIGHT = 8, TOP = 14, BOTTOM = 34, FLOOR = H - BOTTOM;
-const px = (x) => x.toFixed(1);
-const line = (name, x1, y1, x2, y2) => `<line class="${name}" x1="${px(x1)}" y1="${px(y1)}" x2="${px(x2)}" y2="${px(y2)}"/>`;
-const text = (x, y, words, anchor = "middle") => `<text x="${px(x)}" y="${px(y)}" text-anchor="${anchor}">${words}</text>`;
 const curve = (name, points) => `<polyline class="${name}" points="${points.map(([x, y]) => `${px(x)},${px(y)}`).join(" ")}"/>`;
 const axes = (xLabel) => line("fl-axis", LEFT, TOP, LEFT, FLOOR) + line("fl-axis", LEFT, FLOOR, W - RIGHT, FLOOR) +
   text((LEFT + W - RIGHT) / 2, H - 3, xLabel);
@@ -95,31 +92,6 @@ function tails(rank) {
     [-5, 0, 5].map((z) => text(x(z), FLOOR + 15, z)).join("") + curve("fl-was", run(normal)) + curve("fl-hot", run((z) => density(z, rank)));
 }
 
-function slider(label, min, max, step) {
-  const box = document.createElement("label"), value = document.createElement("b");
-  const input = Object.assign(document.createElement("input"), { type: "range", min, max, step });
-  box.append(label + " = ", value, input);
-  input.addEventListener("keydown", (event) => event.stopPropagation()); // JupyterLab takes the arrows otherwise
-  return { box, input, show: (x, words) => { input.value = x; value.textContent = words; input.setAttribute("aria-valuetext", words); } };
-}
-
-function picture(caption) {
-  const box = document.createElement("figure"), note = document.createElement("figcaption");
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
-  svg.setAttribute("role", "img");
-  note.textContent = caption;
-  box.append(svg, note);
-  return { box, draw: (shapes, label) => { svg.innerHTML = shapes; svg.setAttribute("aria-label", label); } };
-}
-
-function row(...items) {
-  const box = document.createElement("div");
-  box.className = "fl-row";
-  box.append(...items);
-  return box;
-}
-
 const cells = (list, size) => "<thead><tr><th></th><th>N_B A</th><th>B N_A</th><th>N_B N_A</th><th>total</th><th>signal / noise</th></tr></thead>" +
   list.map(({ name, terms: e }) => `<tr><th scope="row">${name}</th>` + [...e, sum(e), size / sum(e)].map((x) =>
     `<td>${Number.isFinite(x) ? x.toFixed(3) : "∞"}</td>`).join("") + "</tr>").join("");
@@ -130,9 +102,9 @@ function render({ model, el }) {
     rank: slider("rank r", 0, RANKS.length - 1, 1), norm_B: slider("norm of B", 0, 4, 0.25), norm_A: slider("norm of A", 0, 4, 0.25),
     steps: slider("local steps K", 2, 40, 2),
   }, names = Object.keys(sliders);
-  const stacked = picture("Energy by term. Blue: N_B A; pale: B N_A; red: N_B N_A.");
-  const growth = picture("Total after each step. Red: both factors at every step (dashed: without N_B N_A); blue: one at a time. The dots are level.");
-  const shape = picture("Density of one entry of N_B N_A (red) and of a normal one of equal variance (dashed), logarithmic.");
+  const stacked = picture("Energy by term. Blue: N_B A; pale: B N_A; red: N_B N_A.", W, H);
+  const growth = picture("Total after each step. Red: both factors at every step (dashed: without N_B N_A); blue: one at a time. The dots are level.", W, H);
+  const shape = picture("Density of one entry of N_B N_A (red) and of a normal one of equal variance (dashed), logarithmic.", W, H);
   const result = document.createElement("p"), style = document.createElement("style"), table = document.createElement("table");
   result.className = "fl-result";
   result.setAttribute("aria-live", "polite");

@@ -45,13 +45,12 @@ const ticks = (a, b) => {
   for (let i = Math.ceil(a / step); i * step <= b + 1e-9; i++) list.push(Number((i * step).toFixed(6)));
   return list;
 };
-const number = (x) => x.toFixed(1);
 const frame = (y, a, b, xLabel, yLabel) =>
   ticks(a, b).map((k) =>
-    `<line class="fl-axis" x1="${LEFT - 4}" x2="${LEFT}" y1="${number(y(k))}" y2="${number(y(k))}"/>` +
-    `<text x="${LEFT - 7}" y="${number(y(k) + 4)}" text-anchor="end">${k}</text>`).join("") +
+    `<line class="fl-axis" x1="${LEFT - 4}" x2="${LEFT}" y1="${px(y(k))}" y2="${px(y(k))}"/>` +
+    `<text x="${LEFT - 7}" y="${px(y(k) + 4)}" text-anchor="end">${k}</text>`).join("") +
   `<line class="fl-axis" x1="${LEFT}" x2="${LEFT}" y1="${TOP}" y2="${H - BOTTOM}"/>` +
-  `<line class="fl-axis" x1="${LEFT}" x2="${W - RIGHT}" y1="${number(y(0))}" y2="${number(y(0))}"/>` +
+  `<line class="fl-axis" x1="${LEFT}" x2="${W - RIGHT}" y1="${px(y(0))}" y2="${px(y(0))}"/>` +
   `<text x="${(LEFT + W - RIGHT) / 2}" y="${H - 3}" text-anchor="middle">${xLabel}</text>` +
   `<text x="${LEFT}" y="${TOP - 8}" text-anchor="middle">${yLabel}</text>`;
 
@@ -59,65 +58,40 @@ function bars(v, tau, low, high) {
   const y = scale(low, high, H - BOTTOM, TOP), slot = (W - LEFT - RIGHT) / v.length, width = slot * 0.66;
   const bar = (name, x, i) => {
     const top = Math.min(y(x), y(0)), height = Math.abs(y(x) - y(0));
-    return `<rect class="${name}" x="${number(LEFT + (i + 0.17) * slot)}" y="${number(top)}" ` +
-      `width="${number(width)}" height="${number(height)}"/>`;
+    return `<rect class="${name}" x="${px(LEFT + (i + 0.17) * slot)}" y="${px(top)}" ` +
+      `width="${px(width)}" height="${px(height)}"/>`;
   };
   const cut = Math.min(tau, high), cutLow = Math.max(-tau, low);
   const every = Math.ceil(v.length / 16); // labels that do not collide
-  return `<rect class="fl-band" x="${LEFT}" y="${number(y(cut))}" width="${W - LEFT - RIGHT}" ` +
-    `height="${number(y(cutLow) - y(cut))}"/>` +
+  return `<rect class="fl-band" x="${LEFT}" y="${px(y(cut))}" width="${W - LEFT - RIGHT}" ` +
+    `height="${px(y(cutLow) - y(cut))}"/>` +
     v.map((x, i) => bar("fl-was", x, i) + (soft(x, tau) === 0 ? "" : bar("fl-kept", soft(x, tau), i)) +
-      (i % every ? "" : `<text x="${number(LEFT + (i + 0.5) * slot)}" y="${H - BOTTOM + 15}" ` +
+      (i % every ? "" : `<text x="${px(LEFT + (i + 0.5) * slot)}" y="${H - BOTTOM + 15}" ` +
         `text-anchor="middle">${i + 1}</text>`)).join("") +
     [tau, -tau].filter((c) => c <= high && c >= low).map((c) =>
-      `<line class="fl-cut" x1="${LEFT}" x2="${W - RIGHT}" y1="${number(y(c))}" y2="${number(y(c))}"/>`).join("") +
-    (tau <= high ? `<text x="${W - RIGHT}" y="${number(y(tau) - 5)}" text-anchor="end">τ</text>` : "") +
+      `<line class="fl-cut" x1="${LEFT}" x2="${W - RIGHT}" y1="${px(y(c))}" y2="${px(y(c))}"/>`).join("") +
+    (tau <= high ? `<text x="${W - RIGHT}" y="${px(y(tau) - 5)}" text-anchor="end">τ</text>` : "") +
     frame(y, low, high, "direction i", "vᵢ");
 }
 
 function lines(rows, end, step, low, high) {
   const y = scale(low, high, H - BOTTOM, TOP), x = scale(0, rows.length - 1, LEFT, W - RIGHT - 4);
-  const line = (i) => rows.map((w, k) => `${number(x(k))},${number(y(w[i]))}`).join(" ");
+  const line = (i) => rows.map((w, k) => `${px(x(k))},${px(y(w[i]))}`).join(" ");
   return rows[0].map((_, i) => `<polyline class="${end[i] === 0 ? "fl-dead" : "fl-line"}" points="${line(i)}"/>`).join("") +
-    `<line class="fl-cut" x1="${number(x(step))}" x2="${number(x(step))}" y1="${TOP}" y2="${H - BOTTOM}"/>` +
-    rows[step].map((w) => `<circle class="${w === 0 ? "fl-off" : "fl-kept"}" cx="${number(x(step))}" ` +
-      `cy="${number(y(w))}" r="3.5"/>`).join("") +
+    `<line class="fl-cut" x1="${px(x(step))}" x2="${px(x(step))}" y1="${TOP}" y2="${H - BOTTOM}"/>` +
+    rows[step].map((w) => `<circle class="${w === 0 ? "fl-off" : "fl-kept"}" cx="${px(x(step))}" ` +
+      `cy="${px(y(w))}" r="3.5"/>`).join("") +
     ticks(0, rows.length - 1).map((k) =>
-      `<text x="${number(x(k))}" y="${H - BOTTOM + 15}" text-anchor="middle">${k}</text>`).join("") +
+      `<text x="${px(x(k))}" y="${H - BOTTOM + 15}" text-anchor="middle">${k}</text>`).join("") +
     frame(y, low, high, "proximal step k", "wᵢ");
-}
-
-function slider(label, min, max, step) {
-  const box = document.createElement("label"), value = document.createElement("b");
-  const input = Object.assign(document.createElement("input"), { type: "range", min, max, step });
-  box.append(label + " = ", value, input);
-  input.addEventListener("keydown", (event) => event.stopPropagation()); // JupyterLab takes the arrows otherwise
-  return { box, input, show: (x, text) => { input.value = x; value.textContent = text; input.setAttribute("aria-valuetext", text); } };
-}
-
-function picture(caption) {
-  const box = document.createElement("figure"), note = document.createElement("figcaption");
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
-  svg.setAttribute("role", "img");
-  note.textContent = caption;
-  box.append(svg, note);
-  return { box, draw: (shapes, label) => { svg.innerHTML = shapes; svg.setAttribute("aria-label", label); } };
-}
-
-function row(...items) {
-  const box = document.createElement("div");
-  box.className = "fl-row";
-  box.append(...items);
-  return box;
 }
 
 function render({ model, el }) {
   const size = Math.max(...model.get("v").map(Math.abs), 0.1);
   const tau = slider("threshold τ", 0, (Math.ceil(size * 10.5) / 10).toFixed(1), 0.05);
   const step = slider("proximal steps k", 0, model.get("steps"), 1);
-  const spectrum = picture("Outline: the spectrum v. Filled: ξ(v, τ), what survives. Inside the band |vᵢ| ≤ τ nothing does.");
-  const descent = picture("Each entry from its start towards ξ(v, τ). Dashed: directions that end at exactly zero.");
+  const spectrum = picture("Outline: the spectrum v. Filled: ξ(v, τ), what survives. Inside the band |vᵢ| ≤ τ nothing does.", W, H);
+  const descent = picture("Each entry from its start towards ξ(v, τ). Dashed: directions that end at exactly zero.", W, H);
   const result = document.createElement("p"), style = document.createElement("style");
   result.className = "fl-result";
   result.setAttribute("aria-live", "polite");
