@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,11 @@ class Pretraining:
     seed: int = 0
 
 
-def pretrain(config: Pretraining, out: Path, progress: Callable[[int, float], None] = lambda step, loss: None) -> Path:
+Progress = Callable[[int, float], None]
+"""(step from 1, its loss)."""
+
+
+def pretrain(config: Pretraining, out: Path, progress: Progress = lambda step, loss: None) -> Path:
     """Train from random weights and write `out` (safetensors, with the config inside). Same config, same bytes.
 
     The auxiliary reconstruction head is thrown away; the segmentation head is kept for phantoms.
@@ -47,13 +52,34 @@ def pretrain(config: Pretraining, out: Path, progress: Callable[[int, float], No
     check_size(config.model, (config.size, config.size))
     model = build(config.model, len(phantom.CLASSES), seed=config.seed).train()
     task = _Reconstruction(model)
-    optimiser = torch.optim.AdamW(task.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.steps, pct_start=0.1)
     rng = generator(config.seed, "pretrain")
-    for step in range(1, config.steps + 1):
+
+    def loss() -> Tensor:
         x, y = _batch(config, rng)
         logits, painted = task(x + 0.05 * torch.randn(x.shape, generator=rng))
-        loss = segmentation_loss(logits, y).mean() + config.reconstruction * F.mse_loss(painted, x)
+        return segmentation_loss(logits, y).mean() + config.reconstruction * F.mse_loss(painted, x)
+
+    descend(task, config, loss, progress)
+    return save_base(model, out, {"pretraining": asdict(config), "classes": list(phantom.CLASSES)})
+
+
+class Course(Protocol):
+    """What `descend` reads of a config."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def descend(model: nn.Module, config: Course, draw: Callable[[], Tensor], progress: Progress) -> None:
+    """Adam, its rate in one cycle over `steps`, on losses of fresh batches; raises where one is not finite."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.steps, pct_start=0.1)
+    for step in range(1, config.steps + 1):
+        loss = draw()
         if not torch.isfinite(loss):
             raise FedloraError(f"pre-training diverged at step {step}: the loss is {loss.item()}; lower lr {config.lr}")
         optimiser.zero_grad()
@@ -61,7 +87,6 @@ def pretrain(config: Pretraining, out: Path, progress: Callable[[int, float], No
         optimiser.step()
         schedule.step()
         progress(step, loss.item())
-    return save_base(model, out, {"pretraining": asdict(config), "classes": list(phantom.CLASSES)})
 
 
 def _batch(config: Pretraining, rng: torch.Generator) -> tuple[Tensor, Tensor]:

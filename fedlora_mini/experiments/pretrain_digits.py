@@ -4,15 +4,15 @@ Its images are the PUBLIC ones of scikit-learn's digits, which no client holds (
 paper exchanged, they are near enough to be worth starting from and far enough that a client has to adapt.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fedlora_mini.data.base import Split
 from fedlora_mini.data.digits import CLASSES, public_digits
-from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.pretrain import Progress, descend
 from fedlora_mini.federation.sampling import generator
 from fedlora_mini.losses import task_loss
 from fedlora_mini.models.pretrained import save_base
@@ -34,28 +34,20 @@ class DigitPretraining:
     seed: int = 0
 
 
-def pretrain_digits(
-    config: DigitPretraining, out: Path, progress: Callable[[int, float], None] = lambda step, loss: None
-) -> Path:
+def pretrain_digits(config: DigitPretraining, out: Path, progress: Progress = lambda step, loss: None) -> Path:
     """Train from random weights and write `out` (safetensors, with the config inside). Same config, same bytes."""
     check_size(config.model, (config.size, config.size))
     model, data = build(config.model, len(CLASSES), seed=config.seed).train(), foreign(config.size)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.steps, pct_start=0.1)
     rng = generator(config.seed, "pretrain digits")
-    for step in range(1, config.steps + 1):
+
+    def loss() -> Tensor:
         rows = torch.randint(len(data), (config.batch,), generator=rng)
         x, y = data.images[rows], data.masks[rows]
         dy, dx = torch.randint(-config.shift, config.shift + 1, (2,), generator=rng).tolist()
         x = x.roll((dy, dx), (2, 3)) + config.noise * torch.randn(x.shape, generator=rng)
-        loss = task_loss(model(x), y).mean()
-        if not torch.isfinite(loss):
-            raise FedloraError(f"pre-training diverged at step {step}: the loss is {loss.item()}; lower lr {config.lr}")
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        progress(step, loss.item())
+        return task_loss(model(x), y).mean()
+
+    descend(model, config, loss, progress)
     return save_base(model, out, {"pretraining": asdict(config), "classes": list(CLASSES)})
 
 
