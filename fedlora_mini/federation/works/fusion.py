@@ -30,6 +30,7 @@ class Fusion(Work):
         return f"two fusion scalars by {self.trials} trials"
 
     def round(self, client: Member, round: int) -> tuple[State, float, State]:
+        """Train, then keep of `trials` random points the pair of scalars with the least loss on own images."""
         end, loss = client.fit(round)
         mixes = [name for name in end if name.endswith(".mix")]
         if not mixes:

@@ -74,6 +74,7 @@ class Selected(Work):
         return self.curvature != "raw"
 
     def round(self, client: "Member", round: int) -> tuple[State, float, State]:
+        """Train; say S of every factor that moved, and keep its gradient and place for the next round's curvature."""
         own, recorder = client.setting, Recorder()
         end, loss = client.fit(round, objective=(recorder, *own.method.objective))
         guard = own.guard
