@@ -6,8 +6,9 @@ import math
 import pytest
 
 from fedlora_mini.cli import main
+from fedlora_mini.cli.private import SEGMENTING
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.experiments import private, private_command, private_sharpness
+from fedlora_mini.experiments import private, private_sharpness
 from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.claims import CLAIMS
 from fedlora_mini.experiments.compare import Comparison
@@ -174,9 +175,7 @@ def test_any_report_of_labels_speaks_of_accuracy(ran, tmp_path):
 def test_masks_are_a_task_of_the_same_study(tmp_path):
     """A private segmentation: MiniSAM on phantoms, scored by Dice."""
     small = {"data_options": {"per_site": 24, "val": 1, "test": 2}, "batch": 6, "rounds": 1, "steps": 2}
-    own = PrivateStudy(
-        ["half"], [0], tmp_path, private_command.SEGMENTING | SHORT | small | {"data": "phantom"}, rates=(0.1,)
-    )
+    own = PrivateStudy(["half"], [0], tmp_path, SEGMENTING | SHORT | small | {"data": "phantom"}, rates=(0.1,))
     results = own.run()["half"]
     told = table(results)
     assert told["dice"].size == 4 and set(told["releases"]) == {"2"}

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedlora_mini.cli.settings import Add
+from fedlora_mini.cli.shown import progress
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.experiments.config import RunConfig
 
 EXAMPLES = """examples:
   fedlora private --list                                     parts of the study and their arms
@@ -24,26 +25,10 @@ SEGMENTING: dict[str, Any] = {"model": "minisam", "rank": 1, "clients": 4, "size
 SEGMENTING |= {"data_options": {"per_site": 256, "val": 16, "test": 32}}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    from fedlora_mini.experiments.private import PARTS
-
-    add = parser.add_argument
-    add("--list", action="store_true", help="print the parts and their arms")
-    add("--parts", default="main,half", help=f"comma-separated, of {', '.join(PARTS)} [main,half]")
-    add("--seeds", default="0-7", help="such as 0-7 [0-7]")
-    add("--rates", help="another grid for the search of rates")
-    add("--data", help="digits, mnist, or a data set with masks, in the place of the parts' own")
-    add("--size", type=int, help="image side in pixels [the parts' own: 12; with --data of masks 32]")
-    add("--rounds", type=int, help="rounds of communication [the parts' own: 10]")
-    add("--batch", type=int, help="expected images a step [the parts' own: 16; with --data of masks 64]")
-    add("--sharpness", action="store_true", help="also λ_max at equal training loss, of DP-LoRA and LA-LoRA in main")
-    add("--out", metavar="FOLDER", help="where to write [runs/private-DATA]")
-
-
-def act(args: argparse.Namespace, progress: Callable[[str, int], Callable[[dict[str, Any]], None]]) -> None:
+def private_command(args: argparse.Namespace) -> None:
     """Run the parts and print, for every arm, its score with all that epsilon depends on."""
     from fedlora_mini.experiments.compare import parse_seeds
+    from fedlora_mini.experiments.config import RunConfig
     from fedlora_mini.experiments.private import PARTS, PrivateStudy, edges, table, write
     from fedlora_mini.experiments.private_sharpness import study as sharpness
 
@@ -72,3 +57,20 @@ def act(args: argparse.Namespace, progress: Callable[[str, int], Callable[[dict[
     for line in edges(study.searched):
         print(line)
     print(f"results: {folder}/private_*.jsonl")
+
+
+def register(add: Add) -> None:
+    """The command and its options."""
+    from fedlora_mini.experiments.private import PARTS
+
+    option = add("private", private_command, "private adaptation: arms by filter at one epsilon", EXAMPLES).add_argument
+    option("--list", action="store_true", help="print the parts and their arms")
+    option("--parts", default="main,half", help=f"comma-separated, of {', '.join(PARTS)} [main,half]")
+    option("--seeds", default="0-7", help="such as 0-7 [0-7]")
+    option("--rates", help="another grid for the search of rates")
+    option("--data", help="digits, mnist, or a data set with masks, in the place of the parts' own")
+    option("--size", type=int, help="image side in pixels [the parts' own: 12; with --data of masks 32]")
+    option("--rounds", type=int, help="rounds of communication [the parts' own: 10]")
+    option("--batch", type=int, help="expected images a step [the parts' own: 16; with --data of masks 64]")
+    option("--sharpness", action="store_true", help="also λ_max at equal training loss, of DP-LoRA and LA-LoRA in main")
+    option("--out", metavar="FOLDER", help="where to write [runs/private-DATA]")

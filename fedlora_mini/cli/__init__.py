@@ -1,0 +1,44 @@
+"""The command line: `fedlora methods | adapters | models | data | pretrain | run | network | compare | fewshot …`.
+
+What a command runs is imported when it runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from fedlora_mini.cli import audit, fewshot, lists, pretrain, private, reports, runs
+from fedlora_mini.errors import FedloraError
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their help."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("fedlora", description="Federated low-rank adaptation for medical segmentation.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, act: Callable[[argparse.Namespace], int | None], text: str, epilog: str = ""
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=raw)
+        made.set_defaults(act=act)
+        return made
+
+    for part in (lists, runs, fewshot, private, audit, reports, pretrain):
+        part.register(add)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0; 1 if `data check` found problems; 2 for bad input, told in one line; 130 when interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        return args.act(args) or 0
+    except FedloraError as error:
+        print(f"fedlora: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfedlora: interrupted; the same command goes on from the last finished round", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0

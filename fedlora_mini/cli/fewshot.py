@@ -1,0 +1,71 @@
+"""`fedlora fewshot`: a new structure from a few images, from the command line."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fedlora_mini.cli.settings import Add, options
+from fedlora_mini.cli.shown import print_columns
+
+EXAMPLES = """examples:
+  fedlora fewshot --list                                     tasks and arms
+  fedlora fewshot lora-4 arena-8 full --shots 5 --splits 0-2 the phantom's vessel, one rate for all
+  fedlora fewshot --tasks nuclei-he,nuclei-fluo520 --shots 5,10 --splits 0-4 --search-lr 1e-3,3e-3,1e-2
+  fedlora fewshot arena-8 --change lam=0.01 --splits 0-7     another weight of ARENA's l1 norm
+
+Without arms: all of them. No validation data: training stops by its own loss, and --search-lr chooses each arm's rate
+on a task that is not reported. An interrupted study goes on where it stopped when the same command is given again."""
+
+
+def fewshot_command(args: argparse.Namespace) -> None:
+    """A new structure from a few images: arms x shots x splits."""
+    from tqdm import tqdm
+
+    from fedlora_mini.experiments.compare import parse_seeds
+    from fedlora_mini.experiments.fewshot import ARMS, TASKS, Study
+    from fedlora_mini.experiments.fewshot.report import write_report
+
+    if args.list:
+        print_columns([("task", "what"), *((name, row.summary) for name, row in TASKS.items())])
+        print()
+        print_columns([("arm", "title", "adapter"), *((name, row.title, row.adapter) for name, row in ARMS.items())])
+        return
+    tasks, arms, shots = args.tasks.split(","), args.arms or list(ARMS), parse_seeds(args.shots)
+    splits, folder = parse_seeds(args.splits), Path(args.out or f"runs/fewshot-{args.tasks.replace(',', '-')}")
+    rates = [float(rate) for rate in (args.search_lr or str(args.lr)).split(",")]
+    settings = {"steps": args.steps, "batch": args.batch, "patience": args.patience, "threads": args.threads}
+    settings |= {"changes": tuple(options(args.change).items())}
+    searched = parse_seeds(args.search_splits)
+    looked = len(arms) * len(rates) * len(searched) * (len(rates) > 1)
+    bar = tqdm(total=len(tasks) * len(arms) * len(shots) * len(splits) + looked, unit="run", disable=None)
+
+    def on_run(record: dict[str, Any]) -> None:
+        bar.update()
+        own = record["config"]
+        bar.set_postfix_str(f"{own['task']} {own['arm']} {own['shots']} shots: Dice {record['dice']:.3f}")
+
+    study = Study(tasks, arms, shots, splits, folder, rates, settings, on_run, searched)
+    results = study.run()
+    bar.close()
+    text, pictures = write_report(results, folder)
+    print(text.read_text(encoding="utf-8"))
+    print(f"tables: {text}\npictures: {', '.join(map(str, pictures))}")
+
+
+def register(add: Add) -> None:
+    """The command and its options."""
+    option = add("fewshot", fewshot_command, "a new structure from 1 to 10 images", EXAMPLES).add_argument
+    option("arms", nargs="*", metavar="ARM", help="rows of `fedlora fewshot --list` [all]")
+    option("--list", action="store_true", help="print tasks and arms")
+    option("--tasks", default="vessel", help="comma-separated [vessel]")
+    option("--shots", default="1,2,5,10", help="labelled images, such as 5 or 1,2,5,10 [1,2,5,10]")
+    option("--splits", default="0-2", help="such as 0-7: other labelled images and test images [0-2]")
+    option("--search-lr", metavar="RATES", help="a grid, the same for every arm, on the tuning task")
+    option("--search-splits", default="1000-1002", help="splits of the tuning task [1000-1002]")
+    option("--lr", type=float, default=5e-3, help="one rate for all arms, without --search-lr [5e-3]")
+    option("--steps", type=int, default=120, help="at most so many steps [120]")
+    option("--batch", type=int, default=4)
+    option("--patience", type=int, default=40, help="steps without a fall of the loss that end training [40]")
+    option("--change", action="append", default=[], metavar="NAME=VALUE", help="an option of the regulariser")
+    option("--threads", type=int, default=1)
+    option("--out", metavar="FOLDER", help="where to write [runs/fewshot-…]")

@@ -1,0 +1,114 @@
+"""Federated runs: `fedlora run | network | compare`."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedlora_mini.cli.reports import report
+from fedlora_mini.cli.settings import Add, add_run_settings, settings
+from fedlora_mini.cli.shown import print_columns, progress
+
+RUN_EXAMPLES = """examples:
+  fedlora run iat                                      the simulated phantom, four sites
+  fedlora run fedit --data nuclei --rounds 15 --seed 1
+  fedlora run fedsa --data my_hospitals.zip --unseen C6 --option group='^(\\d+)'
+  fedlora run fedit --data phantom --option appearance=1 --option supervision=0.5
+  fedlora run fedbn --model unet --base none --sites 8 --fraction 0.5"""
+
+
+NETWORK_EXAMPLES = """examples:
+  fedlora network iat --rounds 3 --sites 2 --threads 1
+  fedlora network fedit --data path/to/hospitals --threads 1 --timeout 60
+
+Starts a SuperLink and one SuperNode per client on 127.0.0.1 and ends them at the end; needs no internet. Every message
+starts a process, so a round takes 10 to 30 seconds. --execution and --eval-every have no effect: each client has its
+own process and is evaluated once, at the end. Needs Flower: pip install 'fedlora_mini[flower]'"""
+
+
+COMPARE_EXAMPLES = """examples:
+  fedlora compare local fedit fedsa iat --data nuclei --seeds 0-2
+  fedlora compare local fedit --data phantom --seeds 0-7 --search-lr 1e-3,3e-3,1e-2
+  fedlora compare fedit iat --data path/to/hospitals --unseen C6
+  fedlora compare resfim resfim:score=lottery iat_sor:form=exact,lam=0.01     rows with other numbers
+
+An interrupted comparison goes on where it stopped when the same command is given again."""
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """One method, one seed."""
+    from fedlora_mini.experiments.config import RunConfig
+    from fedlora_mini.experiments.report import markdown, summary
+    from fedlora_mini.experiments.run import run
+
+    config = RunConfig(method=args.method, seed=args.seed, **settings(args))
+    folder = Path(args.out or f"runs/{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}")
+    result = run(config, folder, progress(f"{config.method} seed {config.seed}", config.rounds))
+    print(markdown(summary([result])))
+    print(f"\nrun folder: {folder}")
+
+
+def network_command(args: argparse.Namespace) -> int:
+    """One method, one seed, in processes of their own that talk through Flower."""
+    from fedlora_mini.experiments.config import RunConfig
+    from fedlora_mini.experiments.loopback import run_loopback
+    from fedlora_mini.experiments.report import privacy
+
+    config = RunConfig(method=args.method, seed=args.seed, **settings(args))
+    folder = Path(args.out or f"runs/network-{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the processes then, too
+    try:
+        bar = progress(f"{config.method} seed {config.seed}", config.rounds)
+        result = run_loopback(config, folder, bar, args.timeout)
+    except KeyboardInterrupt:
+        print("\nfedlora: interrupted; the same command begins again", file=sys.stderr)
+        return 130
+    own = list(result["scores"]["personal"].items())
+    metrics = {"dice": "Dice", "hd95": "HD95", "accuracy": "accuracy"}
+    known = [metric for metric in metrics if metric in next(iter(own))[1]]
+    rows = ((name, *(f"{s[m]:.1f}" if m == "hd95" else f"{s[m]:.3f}" for m in known)) for name, s in own)
+    print_columns([("site", *(metrics[m] for m in known)), *rows])
+    if told := privacy([result]):
+        print()
+        print_columns([tuple(told), tuple(told.values())])
+    print(f"\nserver state: sha256 {result['server_sha256']}\nrun folder: {folder}")
+    return 0
+
+
+def compare_command(args: argparse.Namespace) -> None:
+    """Several methods, several seeds, paired differences."""
+    from fedlora_mini.experiments.compare import Comparison, parse_seeds
+    from fedlora_mini.experiments.config import RunConfig
+
+    given = settings(args)
+    name = f"runs/compare-{Path(given.get('data', 'phantom')).stem}-{RunConfig(**given).key()}"
+    folder = Path(args.out or name)
+    rates = [float(rate) for rate in args.search_lr.split(",")] if args.search_lr else []
+    seeds = parse_seeds(args.seeds)
+
+    def on_run(config: RunConfig) -> Callable[[dict[str, Any]], None]:
+        return progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)
+
+    report(Comparison(args.methods, seeds, given, folder, rates, on_run).run(), folder)
+
+
+def register(add: Add) -> None:
+    """Three commands, with the same settings."""
+    run = add("run", run_command, "one method, one seed", RUN_EXAMPLES)
+    run.add_argument("method", help="a row of `fedlora methods`")
+    run.add_argument("--seed", type=int, default=0)
+    add_run_settings(run)
+
+    network = add("network", network_command, "one method over Flower: one process per client", NETWORK_EXAMPLES)
+    network.add_argument("method", help="a row of `fedlora methods`")
+    network.add_argument("--seed", type=int, default=0)
+    network.add_argument("--timeout", type=float, default=600.0, metavar="S", help="wait for a node so long [600]")
+    add_run_settings(network)
+
+    compare = add("compare", compare_command, "several methods with paired seeds", COMPARE_EXAMPLES)
+    compare.add_argument("methods", nargs="+", metavar="METHOD")
+    compare.add_argument("--seeds", default="0-2", help="such as 0-7 or 0,3,5 [0-2]")
+    compare.add_argument("--search-lr", metavar="RATES", help="a grid, the same for every method, on validation data")
+    add_run_settings(compare)
