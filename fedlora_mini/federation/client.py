@@ -120,43 +120,16 @@ def train(
     movable = [name for name in params if name in keys and moves_at_all(keys[name], layers)]
     notes: Mapping[str, Tensor] = kept[0] if kept else {}  # what the server told is the same for all
     optimiser = OPTIMISERS[budget.optimiser]([params[name] for name in movable], budget)
-    features = any(term.features for term in terms)
     base = Context(round, 0, {}, dict(keys), budget.lr, budget.steps, layers=layers)
-
-    def look(state: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        """Another state's logits and z; norms in training mode write their statistics into copies."""
-        return embed(model, {n: v.clone() if statistic(n) else v for n, v in state.items()}, x)
-
-    base = replace(base, run=look)
-    contexts = [replace(base, start=s, index=k if grouped else None, memory={}) for k, s in enumerate(states)]
-    contexts = [replace(c, kept=notes) for c, notes in zip(contexts, kept, strict=True)] if kept else contexts
+    contexts = _contexts(base, model, states, kept)
     total, done = torch.zeros(K, device=next(iter(params.values())).device), 0
 
     def views() -> list[State]:
         return S.unstack(params) if grouped else [params]
 
     def objective(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        seen = dict(params)
-        for term in terms:
-            for view, context in zip(views(), contexts, strict=True):
-                seen |= term.view(view, context)
-        with autocast(x.device, precision):
-            logits, z = embed(model, seen, x) if features else (call(model, seen, x), EMPTY)
-        losses = task_loss(logits, y).view(K, -1).mean(1)  # (K,)
-        value = losses.sum()
-        if terms:
-            for view, context, z_k in zip(views(), contexts, z.chunk(K) if features else [z] * K, strict=True):
-                context = replace(context, z=z_k)
-                value = value + sum(term.penalty(view, context) for term in terms)
-        return value, losses.detach()
-
-    def prepared(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        parts = list(zip(x.chunk(K), y.chunk(K), strict=True))
-        for k, context in enumerate(contexts):
-            for term in terms:
-                parts[k] = term.batch(*parts[k], context)
-                parts[k] = term.images(parts[k][0], context.kept), parts[k][1]
-        return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+        """Of the contexts as they are now: the sum over clients of task loss and penalties; the task losses (K,)."""
+        return _objective(model, terms, params, views, contexts, (x, y), precision)
 
     for step in range(1, budget.steps + 1):
         for name in movable:
@@ -169,7 +142,7 @@ def train(
         x, y = batches(step)
         apart = guard is None or not grouped  # else nothing reads images but the mechanism
         if terms and apart:
-            x, y = prepared(x, y)
+            x, y = _prepared(terms, contexts, x, y)
 
         def again(x: Tensor = x, y: Tensor = y) -> State:
             moving = {name: p for name, p in params.items() if p.requires_grad}
@@ -193,10 +166,7 @@ def train(
             _change_gradients(terms, params, contexts, grouped)
         optimiser.step()
         if terms:
-            with torch.no_grad():
-                for view, context in zip(views(), contexts, strict=True):
-                    for term in terms:
-                        term.prox_(view, context)
+            _proximal_steps(terms, views, contexts)
             for name in set().union(*(context.restart for context in contexts)):
                 optimiser.state.pop(params[name], None)
         total, done = total + losses, done + 1
@@ -205,6 +175,66 @@ def train(
     params = {name: value.detach() for name, value in params.items()}
     ends = [S.clone(view) for view in S.unstack(params)] if grouped else [params]
     return ends, (total / done).tolist()
+
+
+def _contexts(
+    base: Context, model: nn.Module, states: Sequence[State], kept: Sequence[Mapping[str, Tensor]]
+) -> list[Context]:
+    """What the terms may see of every client: its start, its place in the group, its notes, and the model."""
+
+    def look(state: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        """Another state's logits and z; norms in training mode write their statistics into copies."""
+        return embed(model, {n: v.clone() if statistic(n) else v for n, v in state.items()}, x)
+
+    grouped, base = len(states) > 1, replace(base, run=look)
+    contexts = [replace(base, start=s, index=k if grouped else None, memory={}) for k, s in enumerate(states)]
+    return [replace(c, kept=notes) for c, notes in zip(contexts, kept, strict=True)] if kept else contexts
+
+
+def _prepared(terms: Sequence[Regularizer], contexts: Sequence[Context], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The batch as the terms want it, client by client."""
+    parts = list(zip(x.chunk(len(contexts)), y.chunk(len(contexts)), strict=True))
+    for k, context in enumerate(contexts):
+        for term in terms:
+            parts[k] = term.batch(*parts[k], context)
+            parts[k] = term.images(parts[k][0], context.kept), parts[k][1]
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def _objective(
+    model: nn.Module,
+    terms: Sequence[Regularizer],
+    params: State,
+    views: Callable[[], list[State]],
+    contexts: Sequence[Context],
+    batch: tuple[Tensor, Tensor],
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """sum_k (L_k + penalties_k) in the terms' views of the parameters, and the L_k, which carry no gradient: (K,)."""
+    (x, y), K, seen = batch, len(contexts), dict(params)
+    features = any(term.features for term in terms)
+    for term in terms:
+        for view, context in zip(views(), contexts, strict=True):
+            seen |= term.view(view, context)
+    with autocast(x.device, precision):
+        logits, z = embed(model, seen, x) if features else (call(model, seen, x), EMPTY)
+    losses = task_loss(logits, y).view(K, -1).mean(1)  # (K,)
+    value = losses.sum()
+    if terms:
+        for view, context, z_k in zip(views(), contexts, z.chunk(K) if features else [z] * K, strict=True):
+            context = replace(context, z=z_k)
+            value = value + sum(term.penalty(view, context) for term in terms)
+    return value, losses.detach()
+
+
+@torch.no_grad()
+def _proximal_steps(
+    terms: Sequence[Regularizer], views: Callable[[], list[State]], contexts: Sequence[Context]
+) -> None:
+    """Every term's `prox_`, client by client."""
+    for view, context in zip(views(), contexts, strict=True):
+        for term in terms:
+            term.prox_(view, context)
 
 
 def _released(
