@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from fedlora_mini.adapters import ADAPTERS, Dense, LoRA, call
+from fedlora_mini.adapters import ADAPTERS, Dense, LoRA, call, ops
 from fedlora_mini.adapters.grouped import per_sample_gradients
 from fedlora_mini.adapters.ops import to_matrix, to_weight
 from fedlora_mini.errors import FedloraError
@@ -237,3 +237,20 @@ def test_scaling():
     assert LoRA(layer, rank=4, alpha=8, rslora=True).scaling == 4
     with pytest.raises(FedloraError, match="rank"):
         LoRA(layer, rank=0)
+
+
+def test_a_path_that_is_not_thin_gives_what_the_thin_one_gives():
+    thin, depthwise = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    assert ops.is_thin(thin, 4) and not ops.is_thin(depthwise, 1)
+    x, A, B = torch.randn(2, 16, 6, 6), torch.randn(2, 9), torch.randn(16, 2)
+    expected = torch.nn.functional.conv2d(x, (B @ A).view(16, 1, 3, 3), padding=1, groups=16)
+    torch.testing.assert_close(ops.lowrank(depthwise, x, A, B), expected)
+    torch.testing.assert_close(ops.up(depthwise, ops.down(depthwise, x, A), B), expected)
+
+
+def test_a_volume_in_channels_last_stays_so_beside_an_adapter():
+    layer, x = nn.Conv3d(8, 8, 3, padding=1), torch.randn(2, 8, 4, 5, 6)
+    A, B = torch.randn(2, 8 * 27), torch.randn(8, 2)
+    y = ops.lowrank(layer, x.contiguous(memory_format=torch.channels_last_3d), A, B)
+    assert y.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(y, ops.lowrank(layer, x, A, B), rtol=1e-4, atol=1e-4)

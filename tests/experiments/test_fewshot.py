@@ -216,3 +216,9 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert "unknown arm 'lorra'" in capsys.readouterr().err
     assert cli.main(["adapters"]) == 0
     assert "adalora" in capsys.readouterr().out
+
+
+def test_a_search_looks_at_the_splits_that_it_is_given(tmp_path):
+    own = Study(["vessel"], ["head"], [1], [0], tmp_path / "study", (1e-3, 1e-2), dict(TINY), searched=(1001,))
+    own.run()
+    assert {r["config"]["split"] for r in read_lines(own.folder / "search.jsonl")} == {1001}
