@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from fedlora_mini.adapters.base import Adapter, adapters, call
+from fedlora_mini.adapters.base import Adapter, call
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.state import State
 
@@ -36,9 +36,9 @@ def per_sample_gradients(
     the relatives are PyTorch's and Opacus' expanded weights.
     """
     wanted = [name for name in state if moves is None or name in moves]
-    layers = dict(adapters(model))
-    shared = {n: v for n, v in state.items() if n not in wanted and not _is_factor(n, layers)}  # such as frozen weights
-    check_groupable(model, [name for name in state if name not in shared])
+    modules = dict(model.named_modules())
+    shared = {n: v for n, v in state.items() if n not in wanted and not _is_factor(n, modules)}  # as frozen weights are
+    check_groupable(modules, [name for name in state if name not in shared])
     if len(x) == 0:  # Poisson sampling draws nobody now and then
         one = {name: state[name] if owner is None else state[name][0] for name in wanted}
         return {name: value.new_zeros(0, *value.shape) for name, value in one.items()}, x.new_zeros(0)
@@ -56,22 +56,22 @@ def per_sample_gradients(
     return dict(zip(wanted, gradients, strict=True)), losses.detach()
 
 
-def _is_factor(name: str, layers: Mapping[str, Adapter]) -> bool:
+def _is_factor(name: str, modules: Mapping[str, nn.Module]) -> bool:
     path, _, factor = name.rpartition(".")
-    return path in layers and factor in layers[path].factors
+    layer = modules.get(path)
+    return isinstance(layer, Adapter) and factor in layer.factors
 
 
-def check_groupable(model: nn.Module, names: Collection[str]) -> None:
+def check_groupable(modules: Mapping[str, nn.Module], names: Collection[str]) -> None:
     """Raise unless every name is that of a factor of an unmerged adapter, and no layer mixes the batch."""
-    found = dict(adapters(model))
     for name in names:
         path = name.rpartition(".")[0]
-        if not _is_factor(name, found):
+        if not _is_factor(name, modules):
             raise FedloraError(
                 f"'{name}' is no adapter's factor and cannot carry a group axis; recipes whose `grouped` is true can"
             )
-        if found[path].merged:
+        if modules[path].merged:
             raise FedloraError(f"the adapter at '{path}' is merged: its factors do nothing; call unmerge(model)")
-    for path, module in model.named_modules():
+    for path, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
             raise FedloraError(f"'{path}' mixes the samples of a batch by its statistics; call freeze or eval first")

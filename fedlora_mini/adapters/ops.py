@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlora_mini.adapters.kernels import THIN, PerImage
 from fedlora_mini.errors import FedloraError
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -113,20 +114,35 @@ def pointwise(x: Tensor, W: Tensor) -> Tensor:
     return y.reshape(x.shape[0], g * m, *x.shape[2:])
 
 
+def convolve_each(layer: Any, x: Tensor, kernels: Tensor) -> Tensor:
+    """`convolve` with kernels (N*g, c_out, c, *k): image i of N sees the i-th g of them. -> (N, g*c_out, *S').
+
+    The images become groups of channels of one image, but where `PerImage` is faster: a thin side, stride 1.
+    """
+    padding, g = layer.padding, layer.groups
+    thin = min(kernels.shape[1:3]) < THIN[x.dim() - 2]
+    if isinstance(layer, TRANSPOSED) or any(s > 1 for s in layer.stride) or not thin:
+        y = convolve(layer, x.reshape(1, -1, *x.shape[2:]), kernels, len(kernels))
+        return y.reshape(len(x), -1, *y.shape[2:])
+    if layer.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * (x.dim() - 2)
+    return PerImage.apply(x, kernels, padding, layer.dilation, g)
+
+
 def convolve_grouped(layer: Any, x: Tensor, kernels: Tensor, G: int) -> Tensor:
     """`convolve` with kernels (G*g, c_out, c, *k): block i of the batch sees the i-th g of them. -> (N, g*c_out, *S').
 
-    One sample a block (per-sample gradients): the blocks become groups of channels, one call and no copy. More of
-    them (clients): a call a block, since samples beside channels would have to be copied there and back.
+    One sample a block (per-sample gradients): one call of `kernels.PerImage`. More of them (clients): a call a block,
+    since samples beside channels would have to be copied there and back.
     """
-    N, g = x.shape[0], layer.groups
+    g = layer.groups
     if G == 1:
         return convolve(layer, x, kernels, g)
     if group_size(x, G) > 1:
         blocks = zip(x.chunk(G), kernels.chunk(G), strict=True)
         return torch.cat([convolve(layer, part, own, g) for part, own in blocks])
-    y = convolve(layer, x.reshape(1, -1, *x.shape[2:]), kernels, G * g)  # (1, N*g*c_out, *S')
-    return y.reshape(N, -1, *y.shape[2:])
+    return convolve_each(layer, x, kernels)
 
 
 def operate(layer: Any, x: Tensor, W: Tensor) -> Tensor:
