@@ -20,7 +20,7 @@ def ours(method: str, setting: tuple):
     """Nothing is remembered from call to call."""
 
     def act() -> float:
-        for remembered in (calibrate, loss.distribution, accountant._curve):
+        for remembered in (calibrate, loss.distribution, loss._epsilon, accountant._curve):
             remembered.cache_clear()
         return calibrate(*setting, method)
 

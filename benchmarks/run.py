@@ -39,6 +39,12 @@ QUESTIONS = (
         "return a row a window, so nothing there is clipped per image, and ghost clipping refuses its second step.",
     ),
     Question(
+        "kernels",
+        "shifted copies",
+        1.1,
+        "The gradient of the kernels alone, of size 3; *shifted copies* is what the private step takes.",
+    ),
+    Question(
         "filters",
         "low-pass alone",
         0.02,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlora_mini.adapters.kernels import THIN, PerImage
+from fedlora_mini.adapters.kernels import Geometry, PerImage
 from fedlora_mini.errors import FedloraError
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -115,19 +115,13 @@ def pointwise(x: Tensor, W: Tensor) -> Tensor:
 
 
 def convolve_each(layer: Any, x: Tensor, kernels: Tensor) -> Tensor:
-    """`convolve` with kernels (N*g, c_out, c, *k): image i of N sees the i-th g of them. -> (N, g*c_out, *S').
-
-    The images become groups of channels of one image, but where `PerImage` is faster: a thin side, stride 1.
-    """
-    padding, g = layer.padding, layer.groups
-    thin = min(kernels.shape[1:3]) < THIN[x.dim() - 2]
-    if isinstance(layer, TRANSPOSED) or any(s > 1 for s in layer.stride) or not thin:
-        y = convolve(layer, x.reshape(1, -1, *x.shape[2:]), kernels, len(kernels))
-        return y.reshape(len(x), -1, *y.shape[2:])
+    """`convolve` with kernels (N*g, c_out, c, *k): image i of N sees the i-th g of them. -> (N, g*c_out, *S')."""
+    padding, turned = layer.padding, isinstance(layer, TRANSPOSED)
     if layer.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * (x.dim() - 2)
-    return PerImage.apply(x, kernels, padding, layer.dilation, g)
+    move = Geometry(layer.stride, padding, layer.dilation, layer.output_padding, turned, layer.groups)
+    return PerImage.apply(x, kernels, move)
 
 
 def convolve_grouped(layer: Any, x: Tensor, kernels: Tensor, G: int) -> Tensor:

@@ -9,9 +9,9 @@ from scipy.special import ndtri
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.privacy.accountant import INTERVAL, Release
 from fedlora_mini.privacy.accountant import epsilon as spent
-from fedlora_mini.privacy.loss import epsilon_of
+from fedlora_mini.privacy.guess import guess
 
-LARGEST = 1e4  # noise multiplier beyond which nobody looks
+LARGEST, SMALLEST = 1e4, 0.1  # noise multipliers beyond which nobody looks
 CLOSE = 5e-4  # the share of epsilon that may be left over
 
 
@@ -19,8 +19,9 @@ CLOSE = 5e-4  # the share of epsilon that may be left over
 def calibrate(epsilon: float, delta: float, q: float, steps: int, method: str = "pld") -> float:
     """The least noise multiplier sigma, to a thousandth, with which `steps` releases at rate q stay within epsilon.
 
-    Five digits, rounded up; the accountant has been asked about the very number that is returned. "pld" looks on a
-    coarse grid first, which is two or three times faster than the one that decides.
+    Five digits, rounded up; the accountant has been asked about the very number that is returned. "pld" is asked once
+    or twice, after a `guess` on a coarse grid has said where to look. Not below 0.1, which is returned where less would
+    do: a record that is hardly ever drawn is private by that alone.
     """
     if not epsilon > 0:
         raise FedloraError(f"epsilon must be positive, got {epsilon}")
@@ -34,13 +35,13 @@ def calibrate(epsilon: float, delta: float, q: float, steps: int, method: str = 
         return _excess(spent([Release(_up(math.exp(x)), q, steps)], delta, method), epsilon)
 
     def rough(x: float) -> float:
-        return _excess(epsilon_of([Release(math.exp(x), q, steps)], delta, interval), epsilon)
+        return _excess(guess(math.exp(x), q, steps, delta, interval), epsilon)
 
     each = _deviation(epsilon, delta) / math.sqrt(steps)  # of the privacy loss of one release
     x, slope = -math.log(math.log1p((each / q) ** 2)) / 2, -1.0  # each = q sqrt(exp(1 / sigma^2) - 1)
-    interval = INTERVAL * int(min(20.0, 0.3 * each / INTERVAL))
-    if method == "pld" and interval > INTERVAL:
-        x, slope = _solve(rough, x, slope, 8 * CLOSE)
+    interval = max(INTERVAL, each / 20)
+    if method == "pld":
+        x, slope = _solve(rough, x, slope, CLOSE / 4)
     return _up(math.exp(_solve(excess, x, slope, CLOSE)[0]))
 
 
@@ -69,15 +70,16 @@ def _solve(f: Callable[[float], float], x: float, slope: float, close: float) ->
 
     If no such point is found to 1e-4, the least x with f <= 0 that was met.
     """
+    x = max(x, math.log(SMALLEST))
     low, high, value = -math.inf, math.inf, f(x)
-    while not -close <= value <= 0:
+    while not -close <= value <= 0 and not (value <= 0 and x <= math.log(SMALLEST)):
         low, high = (x, high) if value > 0 else (low, x)
         if high - low < 1e-4:
             return high, slope
         if low > math.log(LARGEST):
             raise FedloraError("no noise multiplier below 10,000 reaches this epsilon")
         step = -(value + close / 2) / slope
-        then = x + max(-1.0, min(1.0, step))
+        then = max(x + max(-1.0, min(1.0, step)), math.log(SMALLEST))
         if not low < then < high:
             then = (low + high) / 2
         there = f(then)

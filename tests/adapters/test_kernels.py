@@ -21,7 +21,15 @@ LAYERS = {
     "reflected": (nn.Conv2d(C, 2, 3, padding=1, padding_mode="reflect"), (7, 6)),
     "not thin": (nn.Conv2d(8, 9, 3, padding=1), (5, 6)),
     "strided": (nn.Conv2d(C, 2, 3, stride=2, padding=1), (7, 6)),
+    "strided beyond its kernel": (nn.Conv2d(C, 2, 2, stride=3, padding=1), (8, 7)),
+    "strided on one axis": (nn.Conv2d(C, 2, (3, 4), stride=(1, 2), padding=(1, 2)), (5, 7)),
+    "strided, groups": (nn.Conv2d(C, 6, 3, stride=2, padding=1, groups=2), (7, 6)),
+    "strided and dilated": (nn.Conv2d(C, 2, 3, stride=2, padding=1, dilation=2), (9, 8)),
+    "strided, 3D": (nn.Conv3d(C, 2, 3, stride=2, padding=1), (5, 4, 3)),
     "transposed": (nn.ConvTranspose2d(C, 2, 3, stride=2, padding=1, output_padding=1), (4, 5)),
+    "transposed, groups": (nn.ConvTranspose2d(C, 6, 3, stride=2, padding=1, groups=2), (4, 5)),
+    "transposed, stride 1": (nn.ConvTranspose2d(C, 2, 3, padding=2, dilation=2), (4, 5)),
+    "transposed, 3D": (nn.ConvTranspose3d(C, 2, 2, stride=2), (2, 3, 2)),
     "1D": (nn.Conv1d(C, 2, 5, padding=2), (11,)),
     "3D": (nn.Conv3d(C, 2, (3, 1, 2), padding=1), (5, 4, 3)),
 }
@@ -59,7 +67,7 @@ def test_images_under_their_own_kernels_equal_the_loop(name):
     agree(layer, x, seen)
 
 
-@pytest.mark.parametrize("name", ["3x3", "thin", "groups", "3D"])
+@pytest.mark.parametrize("name", ["3x3", "thin", "groups", "3D", "strided", "transposed"])
 def test_gradients_have_gradients(name):
     layer, x, own = setting(name)
     assert torch.autograd.gradgradcheck(lambda x, own: convolve_each(layer, x, own), (x, own), fast_mode=True)
@@ -74,7 +82,7 @@ def test_only_what_is_asked_for_is_computed():
         torch.testing.assert_close(mine, torch.autograd.grad(one_by_one(layer, *others).sum(), leaves))
 
 
-@pytest.mark.parametrize("name", ["3x3", "thin", "3D"])
+@pytest.mark.parametrize("name", ["3x3", "thin", "3D", "strided"])
 def test_few_copies_at_a_time_give_the_same(name, monkeypatch):
     monkeypatch.setattr(kernels, "SHIFTED", 1)
     agree(*setting(name))

@@ -5,6 +5,7 @@ import pytest
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.privacy import Release, calibrate, epsilon
 from fedlora_mini.privacy import calibration as module
+from fedlora_mini.privacy.guess import guess
 
 GRID = [  # epsilon, delta, q, steps
     (0.5, 1e-5, 0.05, 400),
@@ -55,13 +56,32 @@ def test_without_sampling_the_closed_form_is_met():
 
 
 def test_a_tight_account_is_asked_few_times(monkeypatch):
-    """The fine grid is what costs: two or three questions to it, whatever the budget."""
+    """The fine grid is what costs: one question to it, seldom two, whatever the budget."""
     asked = []
     monkeypatch.setattr(module, "spent", lambda *args: (asked.append(1), epsilon(*args))[1])
     for target, delta, q, steps in GRID[:6]:
         asked.clear()
         calibrate.__wrapped__(target, delta, q, steps)
-        assert len(asked) <= 5, (target, delta, q, steps)
+        assert len(asked) <= 3, (target, delta, q, steps)  # the first is about delta alone
+
+
+@pytest.mark.parametrize(("target", "delta", "q", "steps"), GRID)
+def test_a_guess_is_near_the_account_and_nearer_on_a_finer_grid(target, delta, q, steps):
+    sigma = calibrate(target, delta, q, steps)
+    truth = epsilon([Release(sigma, q, steps)], delta)
+    assert guess(sigma, q, steps, delta, 1e-3) == pytest.approx(truth, rel=0.01)
+    spread = module._deviation(target, delta) / steps**0.5  # of one release's loss
+    assert guess(sigma, q, steps, delta, spread / 3) == pytest.approx(truth, rel=0.02)
+
+
+def test_a_guess_beyond_all_numbers_is_infinite_and_a_harmless_release_costs_nothing():
+    assert guess(0.01, 0.5, 10, 1e-5, 1e-3) == float("inf")  # one release's loss is too large
+    assert guess(0.2, 1.0, 10**4, 1e-5, 1e-2) == float("inf")  # the sum's
+    assert guess(50.0, 1e-6, 1, 1e-3, 1e-3) == 0.0
+
+
+def test_a_record_that_is_hardly_drawn_needs_no_less_than_the_floor():
+    assert calibrate(1.0, 1e-3, 1e-3, 1) == module.SMALLEST
 
 
 def test_the_answer_is_remembered():
