@@ -147,14 +147,14 @@ evidence-personal: $(READY) ## run again SOR, ResFIM and the personalised method
 	$(BIN)/fedlora compare $(MORE) $(BOTH) --out runs/personal_more
 	for name in sor_both resfim_appearance personal_both personal_more; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
-REAL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head
-EXACT := iat_sor:form=exact,lam=0.01
+ALL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 encoder_local decoder_local \
+       dual pooled
 evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas, polyps (about four hours on one core)
 	$(BIN)/fedlora data prepare lgg --size 64  # Kaggle asks for a login: see data_scripts/lgg.py
-	$(BIN)/fedlora compare $(REAL) dual pooled $(EXACT) --data lgg --size 64 --rounds 8 --steps 8 --batch 4 --threads 1 \
+	$(BIN)/fedlora compare $(ALL) --data lgg --size 64 --rounds 8 --steps 8 --batch 4 --threads 1 \
 	  --seeds 0-5 --search-lr 1e-3,3e-3,1e-2,3e-2 --eval-every 0 --out runs/hospitals_lgg
 	$(BIN)/fedlora data fetch polypgen
-	$(BIN)/fedlora compare $(REAL) $(EXACT) --data polypgen --model efficientnet --base imagenet --size 64 --rounds 8 --steps 12 \
+	$(BIN)/fedlora compare $(ALL) --data polypgen --model efficientnet --base imagenet --size 64 --rounds 8 --steps 12 \
 	  --batch 4 --threads 1 --seeds 0-3 --search-lr 3e-3,1e-2 --eval-every 0 --out runs/hospitals_polypgen
 	for name in hospitals_lgg hospitals_polypgen; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 	$(BIN)/fedlora data fetch nuclei
