@@ -97,3 +97,9 @@ class Dataset:
             for part, size in site.sizes().items():
                 if size == 0 and not (part == "val" and site in self.unseen):
                     raise FedloraError(f"site '{site.name}' of '{self.name}' has an empty {part} split")
+
+
+def check_size(data: str, size: int, largest: int) -> None:
+    """Raise unless images can be had at this size: one that cannot is refused before anything is downloaded."""
+    if not 16 <= size <= largest or size % 8:
+        raise FedloraError(f"'{data}' has no size {size}; accepted: multiples of 8 from 16 to {largest}")

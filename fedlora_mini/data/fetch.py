@@ -105,6 +105,14 @@ def obtain(relative: str, url: str, verify: Verify, source: str | os.PathLike[st
     return download(url, target, verify)
 
 
+def obtain_packed(
+    packing: str, repository: str, url: str, verify: Verify, source: str | os.PathLike[str] | None = None
+) -> Path:
+    """`obtain` where a small packing of a repository may be at hand: else it is the repository's zip, from `url`."""
+    at_hand = source is not None or (home() / packing).is_file() or mirror(packing) is not None
+    return obtain(packing if at_hand else repository, url, verify, source)
+
+
 def download(url: str, target: Path, verify: Verify, *, attempts: int = 5, pause: float = 1.0) -> Path:
     """Fetches `url` to `target` through `target.part`; resumes, gives up after `attempts` without progress."""
     part = target.with_name(target.name + ".part")

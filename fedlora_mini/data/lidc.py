@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora_mini.data.base import Dataset, Site, Split
-from fedlora_mini.data.fetch import expect_commit, home, members, mirror, obtain, sha256
+from fedlora_mini.data.base import Dataset, Site, Split, check_size
+from fedlora_mini.data.fetch import expect_commit, home, members, mirror, obtain_packed, sha256
 from fedlora_mini.data.seeds import numpy_generator
 from fedlora_mini.data.splits import natural, split_groups
 from fedlora_mini.data.store import load_npz, pack, save_npz, unpack
@@ -50,11 +50,6 @@ NOTE = (
 LICENCE = "CC BY 3.0 (LIDC-IDRI)"
 
 
-def check_size(size: int) -> None:
-    if not 16 <= size <= SIDE or size % 8:
-        raise FedloraError(f"'lidc' has no size {size}; accepted: multiples of 8 from 16 to {SIDE}")
-
-
 def verify(path: Path) -> None:
     """Accepts the packing by its sha256, or the repository's zip by its commit."""
     expect_commit(FILE_SHA256, COMMIT)(path)
@@ -62,8 +57,7 @@ def verify(path: Path) -> None:
 
 def fetch(source: str | os.PathLike[str] | None = None) -> Path:
     """The verified packing (10 MB) from `source`, cache or local copy, else the repository's zip from its home."""
-    packed = (home() / ARCHIVE).is_file() or mirror(ARCHIVE) is not None
-    return obtain(ARCHIVE if packed or source is not None else REPOSITORY, URL, verify, source)
+    return obtain_packed(ARCHIVE, REPOSITORY, URL, verify, source)
 
 
 def prepared(size: int) -> Path:
@@ -72,7 +66,7 @@ def prepared(size: int) -> Path:
 
 def prepare(source: str | os.PathLike[str] | None = None, size: int = 64) -> Path:
     """Slices and outlines at `size` as one npz in the cache; returns its path."""
-    check_size(size)  # a size that cannot be had is refused before anything is downloaded
+    check_size("lidc", size, SIDE)
     path = fetch(source)
     packed = sha256(path) == FILE_SHA256
     images, masks, names = read_packing(path) if packed else read_repository(path)
@@ -161,7 +155,7 @@ def _stored(size: int) -> dict[str, np.ndarray]:
     """The prepared arrays; prepares them from a local archive if there is one, never downloads."""
     path = prepared(size)
     if not path.is_file():
-        check_size(size)
+        check_size("lidc", size, SIDE)
         if not ready(size):
             raise FedloraError(
                 "'lidc' is not on this machine yet: run `fedlora data fetch lidc` (a whole repository), or "

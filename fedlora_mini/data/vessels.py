@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlora_mini.data.base import Dataset, Site, Split
-from fedlora_mini.data.fetch import expect_commit, home, mirror, obtain, safe_name, sha256
+from fedlora_mini.data.base import Dataset, Site, Split, check_size
+from fedlora_mini.data.fetch import expect_commit, home, mirror, obtain_packed, safe_name, sha256
 from fedlora_mini.data.seeds import numpy_generator
 from fedlora_mini.data.splits import split_groups
 from fedlora_mini.data.store import load_npz, pack, save_npz, unpack
@@ -63,11 +63,6 @@ def person(name: str) -> str:
     return f"{diagnosis}{(number + 1 + shift) // 2}"
 
 
-def check_size(size: int) -> None:
-    if not 16 <= size <= SIDE or size % 8:
-        raise FedloraError(f"'vessels' has no size {size}; accepted: multiples of 8 from 16 to {SIDE}")
-
-
 def verify(path: Path) -> None:
     """Accepts the packing by its sha256, or the repository's zip by its commit."""
     expect_commit(FILE_SHA256, COMMIT)(path)
@@ -75,13 +70,12 @@ def verify(path: Path) -> None:
 
 def fetch(source: str | os.PathLike[str] | None = None) -> Path:
     """The verified packing (7 MB) from `source`, cache or local copy, else the whole repository's zip from its home."""
-    packed = (home() / ARCHIVE).is_file() or mirror(ARCHIVE) is not None
-    return obtain(ARCHIVE if packed or source is not None else REPOSITORY, URL, verify, source)
+    return obtain_packed(ARCHIVE, REPOSITORY, URL, verify, source)
 
 
 def prepared(size: int) -> Path:
     """One file serves every size: smaller ones are made of its 256 px images when they are loaded."""
-    check_size(size)
+    check_size("vessels", size, SIDE)
     return home() / "vessels" / f"images{SIDE}.npz"
 
 
