@@ -179,7 +179,7 @@ def test_per_sample_gradients_in_single_precision(adapter, name, make, shape):
         alone = loss(module(x[i : i + 1]), target[i : i + 1]).sum()
         expected = torch.autograd.grad(alone, [p for p in module.parameters() if p.requires_grad])
         for g, e in zip(found.values(), expected, strict=True):
-            assert close(g[i], e, 1e-5)
+            assert close(g[i], e, 1e-4)  # of either one's distance from double precision, in these layers
 
 
 @pytest.mark.parametrize("adapter", [LoRA, Dense])
