@@ -70,6 +70,7 @@ class PerImage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Thin kernels at stride 1 by shifted copies, others as the grouped convolution that they are."""
         (x, kernels), move = ctx.saved_tensors, ctx.move
         for_x, for_kernels = ctx.needs_input_grad[:2]
         thin = min(kernels.shape[1:3]) < THIN[x.dim() - 2]

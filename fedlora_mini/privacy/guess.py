@@ -48,10 +48,8 @@ def _epsilon(p: np.ndarray, loss: np.ndarray, delta: float) -> float:
     """The least eps >= 0 with sum over loss > eps of p (1 - exp(eps - loss)) <= delta."""
     inside = (loss >= 0) & (loss <= LARGEST)
     never, p, loss = p[loss > LARGEST].sum(), p[inside], loss[inside]
-    mass, scaled = (
-        np.cumsum(p[::-1])[::-1] + never,
-        np.cumsum((p * np.exp(-loss))[::-1])[::-1],
-    )  # at and beyond each loss
+    mass = np.cumsum(p[::-1])[::-1] + never  # at and beyond each loss
+    scaled = np.cumsum((p * np.exp(-loss))[::-1])[::-1]
     k = int(np.searchsorted(np.exp(loss) * scaled - mass, -delta))  # the first loss that is large enough
     if k == len(p):
         return math.inf if never > delta else 0.0

@@ -66,7 +66,7 @@ def test_a_tight_account_is_asked_few_times(monkeypatch):
 
 
 @pytest.mark.parametrize(("target", "delta", "q", "steps"), GRID)
-def test_a_guess_is_near_the_account_and_nearer_on_a_finer_grid(target, delta, q, steps):
+def test_a_guess_is_near_the_account_on_a_coarse_grid_too(target, delta, q, steps):
     sigma = calibrate(target, delta, q, steps)
     truth = epsilon([Release(sigma, q, steps)], delta)
     assert guess(sigma, q, steps, delta, 1e-3) == pytest.approx(truth, rel=0.01)
