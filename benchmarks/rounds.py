@@ -10,7 +10,7 @@ from timing import Row, main, now
 
 from fedlora_mini.engines import local
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.run import Federation
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.federation import federate, member
 
 METHODS = ("fedit", "fedsa", "iat", "flora", "flexlora")

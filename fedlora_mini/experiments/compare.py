@@ -11,7 +11,8 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import parse_arm
 from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.run import METRICS, dataset_of, run
+from fedlora_mini.experiments.federation import METRICS, dataset_of
+from fedlora_mini.experiments.run import run
 
 SEARCH_SEED = 1000  # the search for a learning rate sees other splits and other batches than any reported seed
 

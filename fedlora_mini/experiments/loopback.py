@@ -18,7 +18,8 @@ from typing import Any
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.run import Progress, dataset_of
+from fedlora_mini.experiments.federation import dataset_of
+from fedlora_mini.experiments.run import Progress
 
 HOST = "127.0.0.1"
 START_SECONDS = 60.0

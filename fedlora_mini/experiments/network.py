@@ -19,8 +19,8 @@ from fedlora_mini.engines.flower import FlowerEngine, client_app, find, server_a
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.provenance import machine, source_digest, versions
-from fedlora_mini.experiments.run import Federation
 from fedlora_mini.federation import federate
 from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.exchange import OWN

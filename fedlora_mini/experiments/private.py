@@ -18,8 +18,8 @@ from fedlora_mini.experiments.arms import arm_of, title_of
 from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.compare import SEARCH_SEED, Comparison, validation
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import METRICS
 from fedlora_mini.experiments.report import Result, arms, privacy, table_of
-from fedlora_mini.experiments.run import METRICS
 
 STEPS = 4  # K: even, so that alternating by step moves both factors equally often
 COMMON: dict[str, Any] = {

@@ -17,9 +17,9 @@ from fedlora_mini.adapters.base import call
 from fedlora_mini.data.base import Split
 from fedlora_mini.experiments.arms import arm_of
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.experiments.report import Result
-from fedlora_mini.experiments.run import Federation
 from fedlora_mini.federation.exchange import is_model
 from fedlora_mini.federation.sampling import generator
 from fedlora_mini.losses import task_loss

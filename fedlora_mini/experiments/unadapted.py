@@ -13,8 +13,8 @@ import torch
 
 from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.provenance import machine, versions
-from fedlora_mini.experiments.run import Federation
 from fedlora_mini.metrics.segmentation import score
 
 SETS: dict[str, tuple[dict[str, Any], range]] = {  # settings and seeds as in results/hospitals_*.jsonl, nuclei_domains

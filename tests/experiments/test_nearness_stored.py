@@ -11,7 +11,7 @@ from fedlora_mini.data import load
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import nearness as near
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.run import dataset_of
+from fedlora_mini.experiments.federation import dataset_of
 from fedlora_mini.models import load_base
 
 STORED = Path(__file__).parents[2] / "results/nearness.jsonl"

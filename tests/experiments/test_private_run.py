@@ -7,9 +7,10 @@ import pytest
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import run as runs
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.promise import guard_of
 from fedlora_mini.experiments.report import summary
-from fedlora_mini.experiments.run import Federation, run
+from fedlora_mini.experiments.run import run
 from fedlora_mini.privacy import Release, epsilon
 
 TINY = {"size": 32, "sites": "3", "rounds": 3, "steps": 2, "batch": 2, "threads": 1}

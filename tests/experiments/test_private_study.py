@@ -144,7 +144,7 @@ def test_the_raw_curvature_of_as_lora_is_not_private():
 
 
 def test_the_scores_are_those_of_the_common_model_on_everybodys_test_images(tmp_path):
-    from fedlora_mini.experiments.run import Federation
+    from fedlora_mini.experiments.federation import Federation
 
     federation = Federation.build(RunConfig(**COMMON | {"method": "ffa", "rounds": 1, "accountant": "rdp"}))
     list(federation.rounds())

@@ -14,8 +14,9 @@ import torch
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.report import table_of
-from fedlora_mini.experiments.run import Federation, run
+from fedlora_mini.experiments.run import run
 
 TINY = {"sites": "2", "size": 32, "rounds": 3, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
 TINY |= {"data_options": {"per_site": 6, "val": 2, "test": 3}}

@@ -13,7 +13,7 @@ import torch
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import loopback, side_by_side
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.run import Federation
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.side_by_side import STORED, evidence, in_process, processor
 
 FILE = Path(__file__).parents[2] / "results/network.jsonl"

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.leakage import split_pairs
-from fedlora_mini.experiments.run import Federation, run
+from fedlora_mini.experiments.run import run
 from fedlora_mini.federation import METHODS
 
 TINY = {"sites": "3", "size": 32, "rounds": 4, "steps": 2, "batch": 2, "rank": 2, "threads": 1, "base": "none"}

@@ -8,8 +8,8 @@ from fedlora_mini.adapters import call, keys, prepare, trainable
 from fedlora_mini.adapters.grouped import per_sample_gradients
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.pretrain_digits import DigitPretraining, pretrain_digits
-from fedlora_mini.experiments.run import Federation
 from fedlora_mini.losses import task_loss
 from fedlora_mini.models import CLASSIFIERS, MODELS, build
 from fedlora_mini.models.pretrained import BUILT_IN, read_base

@@ -20,11 +20,11 @@ from fedlora_mini import state as S  # noqa: E402
 from fedlora_mini.data import load  # noqa: E402
 from fedlora_mini.engines.flower import client_app, find, pack, unpack  # noqa: E402
 from fedlora_mini.errors import FedloraError  # noqa: E402
-from fedlora_mini.experiments import network, run  # noqa: E402
+from fedlora_mini.experiments import network  # noqa: E402
 from fedlora_mini.experiments.config import RunConfig  # noqa: E402
+from fedlora_mini.experiments.federation import Federation  # noqa: E402
 from fedlora_mini.experiments.network import lead, node_program, site  # noqa: E402
 from fedlora_mini.experiments.provenance import source_digest  # noqa: E402
-from fedlora_mini.experiments.run import Federation  # noqa: E402
 from fedlora_mini.federation import federate  # noqa: E402
 from fedlora_mini.federation.member import Member  # noqa: E402
 
@@ -38,7 +38,7 @@ def here(monkeypatch):
     torch.set_num_threads(1)
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    monkeypatch.setattr(run, "dataset_of", lambda config: phantom())
+    monkeypatch.setattr("fedlora_mini.experiments.federation.dataset_of", lambda config: phantom())
 
 
 @cache

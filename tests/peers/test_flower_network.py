@@ -11,8 +11,8 @@ pytest.importorskip("flwr", reason="flwr is not installed here: run `make peers`
 
 from fedlora_mini import state as S  # noqa: E402
 from fedlora_mini.experiments.config import RunConfig  # noqa: E402
+from fedlora_mini.experiments.federation import Federation  # noqa: E402
 from fedlora_mini.experiments.loopback import Loopback  # noqa: E402
-from fedlora_mini.experiments.run import Federation  # noqa: E402
 from fedlora_mini.federation import federate  # noqa: E402
 
 TINY = {"sites": "3", "size": 32, "rounds": 2, "steps": 2, "batch": 2, "rank": 2, "threads": 1}

@@ -18,13 +18,13 @@ from fedlora_mini.adapters.ops import matrix_shape
 from fedlora_mini.data import Dataset
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import dataset_of
 from fedlora_mini.experiments.nearness.features import IMAGES, PLACES, adapted_layers, inputs
 from fedlora_mini.experiments.nearness.maps import beside, between
 from fedlora_mini.experiments.nearness.prediction import REGIONS, costs, lean, margins
 from fedlora_mini.experiments.nearness.updates import dealt, errors_of, local_updates
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.experiments.report import Result
-from fedlora_mini.experiments.run import dataset_of
 from fedlora_mini.models import load_base
 
 SHIFTS = {"none": (0, 0), "appearance": (1, 0), "supervision": (0, 1), "both": (1, 1)}  # strengths of the phantom's two
