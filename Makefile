@@ -109,7 +109,7 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	  --option appearance=0 --option supervision=1 --out runs/phantom_supervision
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora compare local fedit fedsa iat inverse_fedsa iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 \
-	  --data nuclei --threads 1 --seeds 0-5 --search-lr 2e-3,5e-3,1e-2,2e-2 \
+	  pooled dual encoder_local decoder_local anti_iat --data nuclei --threads 1 --seeds 0-5 --search-lr 2e-3,5e-3,1e-2,2e-2 \
 	  --option per_site=250 --option val=60 --eval-every 0 --out runs/nuclei_domains
 	for name in phantom_appearance phantom_supervision nuclei_domains; do \
 	  cp runs/$$name/results.jsonl results/$$name.jsonl; done

@@ -21,7 +21,7 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(params=[n if n == "minisam" else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
 def network(request):
     return lambda: zoo.build(request.param, classes=2, **NETWORKS[request.param])
 

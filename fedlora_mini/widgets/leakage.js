@@ -67,30 +67,9 @@ const metrics = (sites, Ds, r) => {
 const chance = ({ rank: r, sites: K }) => ({ leak_cos2: 1 / (M * r), leak_explained: Math.min(K, r * r) / (M * r), overlap: r / M });
 
 const CSS = `
-.fl-sl { --fl-accent: var(--pst-color-primary, var(--jp-brand-color1, #0a6ebd)); --fl-leak: var(--pst-color-danger, #c62828);
-  color: inherit; max-width: 46rem; font-size: 0.95rem; }
-.fl-sl .fl-row { display: flex; flex-wrap: wrap; gap: 0.5rem 1.25rem; }
-.fl-sl .fl-row > * { flex: 1 1 12.5rem; min-width: 0; margin: 0; }
-.fl-sl label { display: block; }
-.fl-sl label b, .fl-sl td { font-variant-numeric: tabular-nums; }
-.fl-sl input { display: block; width: 100%; min-height: 1.75rem; margin: 0; accent-color: var(--fl-accent); }
-.fl-sl input:focus-visible { outline: 2px solid var(--fl-accent); outline-offset: 0; }
-.fl-sl .fl-row figure figcaption { color: inherit; font: inherit; font-size: 0.85em; margin: 0.3rem 0 0; padding: 0;
-  text-align: left; }
-.fl-sl svg { display: block; width: 100%; height: auto; overflow: visible; }
-.fl-sl text { fill: currentColor; font: 12px system-ui, sans-serif; }
-.fl-sl .fl-axis { stroke: currentColor; opacity: 0.6; }
-.fl-sl .fl-was { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-dasharray: 4 3; opacity: 0.8; }
-.fl-sl .fl-now { fill: none; stroke: var(--fl-accent); stroke-width: 2.5; }
-.fl-sl .fl-own { stroke: var(--fl-leak); stroke-width: 3; }
+.fl-sl .fl-own { stroke: var(--fl-hot); stroke-width: 3; }
 .fl-sl .fl-luck { stroke: currentColor; stroke-dasharray: 1 4; stroke-linecap: round; stroke-width: 1.5; }
 .fl-sl .fl-dot { fill: var(--fl-accent); }
-.fl-sl table { border-collapse: collapse; margin: 0.6rem 0 0; font-size: 0.9em; }
-.fl-sl th, .fl-sl td { padding: 0.1rem 1rem 0.1rem 0; text-align: right; font-weight: inherit; border: 0; color: inherit;
-  background: none; }
-.fl-sl th:first-child { text-align: left; }
-.fl-sl thead th { border-bottom: 1px solid; }
-.fl-sl .fl-result { margin: 0.5rem 0 0; }
 `;
 
 const W = 230, H = 170, LEFT = 30, RIGHT = 8, TOP = 14, BOTTOM = 34, FLOOR = H - BOTTOM;
@@ -144,12 +123,9 @@ function render({ model, el }) {
   const fan = picture("Principal angles of the columns. Red: a private direction; above it the nearest one of the averaged shared change.", W, H);
   const drift = picture("The averaged drift. Red: its part in the span of the sites' private changes.", W, H);
   const course = picture("leak_cos2 during the round, mean of the sites.", W, H);
-  const result = document.createElement("p"), note = document.createElement("p"), style = document.createElement("style");
-  const table = document.createElement("table");
-  result.className = note.className = "fl-result";
-  result.setAttribute("aria-live", "polite");
+  const result = outcome(), note = document.createElement("p"), table = document.createElement("table");
+  note.className = "fl-result";
   note.textContent = "Dashed: without SOR. Dotted rays: a random change of the shared factor.";
-  style.textContent = CSS;
 
   const draw = () => {
     const state = Object.fromEntries([...names, "common", "private"].map((name) => [name, model.get(name)]));
@@ -175,8 +151,7 @@ function render({ model, el }) {
   const events = [...names, "common", "private"].map((name) => "change:" + name);
   events.forEach((event) => model.on(event, draw));
 
-  el.classList.add("fl-sl");
-  el.replaceChildren(style, row(...names.map((name) => sliders[name].box)), row(fan.box, drift.box, course.box), note, table, result);
+  el.replaceChildren(dress(el, "fl-sl", CSS), row(...names.map((name) => sliders[name].box)), row(fan.box, drift.box, course.box), note, table, result);
   draw();
   return () => events.forEach((event) => model.off(event, draw));
 }

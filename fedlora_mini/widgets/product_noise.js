@@ -24,32 +24,11 @@ const density = (z, rank) => {
 const normal = (z) => Math.exp((-z * z) / 2) / Math.sqrt(2 * Math.PI);
 
 const CSS = `
-.fl-pn { --fl-accent: var(--pst-color-primary, var(--jp-brand-color1, #0a6ebd)); --fl-hot: var(--pst-color-danger, #c62828);
-  color: inherit; max-width: 46rem; font-size: 0.95rem; }
-.fl-pn .fl-row { display: flex; flex-wrap: wrap; gap: 0.5rem 1.25rem; }
-.fl-pn .fl-row > * { flex: 1 1 12.5rem; min-width: 0; margin: 0; }
-.fl-pn label { display: block; }
-.fl-pn label b, .fl-pn td { font-variant-numeric: tabular-nums; }
-.fl-pn input { display: block; width: 100%; min-height: 1.75rem; margin: 0; accent-color: var(--fl-accent); }
-.fl-pn input:focus-visible { outline: 2px solid var(--fl-accent); outline-offset: 0; }
-.fl-pn .fl-row figure figcaption { color: inherit; font: inherit; font-size: 0.85em; margin: 0.3rem 0 0; padding: 0;
-  text-align: left; }
-.fl-pn svg { display: block; width: 100%; height: auto; overflow: visible; }
-.fl-pn text { fill: currentColor; font: 12px system-ui, sans-serif; }
-.fl-pn .fl-axis { stroke: currentColor; opacity: 0.6; }
 .fl-pn .fl-0 { fill: var(--fl-accent); }
 .fl-pn .fl-1 { fill: var(--fl-accent); opacity: 0.45; }
 .fl-pn .fl-2 { fill: var(--fl-hot); }
-.fl-pn .fl-now { fill: none; stroke: var(--fl-accent); stroke-width: 2.5; }
 .fl-pn .fl-hot { fill: none; stroke: var(--fl-hot); stroke-width: 2; }
-.fl-pn .fl-was { fill: none; stroke: currentColor; stroke-width: 1.5; stroke-dasharray: 4 3; opacity: 0.8; }
 .fl-pn .fl-dot { fill: currentColor; }
-.fl-pn table { border-collapse: collapse; margin: 0.6rem 0 0; font-size: 0.9em; }
-.fl-pn th, .fl-pn td { padding: 0.1rem 0.8rem 0.1rem 0; text-align: right; font-weight: inherit; border: 0; color: inherit;
-  background: none; }
-.fl-pn th:first-child { text-align: left; }
-.fl-pn thead th { border-bottom: 1px solid; }
-.fl-pn .fl-result { margin: 0.5rem 0 0; }
 `;
 
 const W = 230, H = 170, LEFT = 30, RIGHT = 8, TOP = 14, BOTTOM = 34, FLOOR = H - BOTTOM;
@@ -105,10 +84,7 @@ function render({ model, el }) {
   const stacked = picture("Energy by term. Blue: N_B A; pale: B N_A; red: N_B N_A.", W, H);
   const growth = picture("Total after each step. Red: both factors at every step (dashed: without N_B N_A); blue: one at a time. The dots are level.", W, H);
   const shape = picture("Density of one entry of N_B N_A (red) and of a normal one of equal variance (dashed), logarithmic.", W, H);
-  const result = document.createElement("p"), style = document.createElement("style"), table = document.createElement("table");
-  result.className = "fl-result";
-  result.setAttribute("aria-live", "polite");
-  style.textContent = CSS;
+  const result = outcome(), table = document.createElement("table");
 
   const draw = () => {
     const state = Object.fromEntries(names.map((name) => [name, model.get(name)])), list = arms(state), size = signal(state);
@@ -128,8 +104,7 @@ function render({ model, el }) {
   const events = names.map((name) => "change:" + name);
   events.forEach((event) => model.on(event, draw));
 
-  el.classList.add("fl-pn");
-  el.replaceChildren(style, row(...names.map((name) => sliders[name].box)), row(stacked.box, growth.box, shape.box), table, result);
+  el.replaceChildren(dress(el, "fl-pn", CSS), row(...names.map((name) => sliders[name].box)), row(stacked.box, growth.box, shape.box), table, result);
   draw();
   return () => events.forEach((event) => model.off(event, draw));
 }

@@ -12,27 +12,14 @@ const path = (v, tau, rho, steps, start) => {
 };
 
 const CSS = `
-.fl-st { --fl-accent: var(--pst-color-primary, var(--jp-brand-color1, #0a6ebd)); color: inherit; max-width: 46rem;
-  font-size: 0.95rem; }
-.fl-st .fl-row { display: flex; flex-wrap: wrap; gap: 0.5rem 1.5rem; }
-.fl-st .fl-row > * { flex: 1 1 17rem; min-width: 0; margin: 0; }
-.fl-st label { display: block; }
-.fl-st label b { font-variant-numeric: tabular-nums; }
-.fl-st input { display: block; width: 100%; min-height: 1.75rem; margin: 0; accent-color: var(--fl-accent); }
-.fl-st input:focus-visible { outline: 2px solid var(--fl-accent); outline-offset: 2px; }
-.fl-st .fl-row figure figcaption { color: inherit; font: inherit; font-size: 0.9em; margin: 0.4rem 0 0; padding: 0;
-  text-align: left; }
-.fl-st svg { display: block; width: 100%; height: auto; overflow: visible; }
-.fl-st text { fill: currentColor; font: 12px system-ui, sans-serif; }
-.fl-st .fl-axis { stroke: currentColor; stroke-width: 1; opacity: 0.6; }
-.fl-st .fl-was { fill: none; stroke: currentColor; stroke-dasharray: 2 2; opacity: 0.7; }
+.fl-st .fl-row > * { flex-basis: 17rem; }
+.fl-st .fl-was { stroke-dasharray: 2 2; opacity: 0.7; }
 .fl-st .fl-kept { fill: var(--fl-accent); }
 .fl-st .fl-cut { stroke: currentColor; stroke-dasharray: 6 3; }
 .fl-st .fl-band { fill: currentColor; opacity: 0.08; }
 .fl-st .fl-line { fill: none; stroke: var(--fl-accent); stroke-width: 2; }
 .fl-st .fl-dead { fill: none; stroke: currentColor; stroke-width: 1.2; stroke-dasharray: 3 2; opacity: 0.75; }
 .fl-st .fl-off { fill: none; stroke: currentColor; stroke-width: 1.5; }
-.fl-st .fl-result { margin: 0.6rem 0 0; }
 `;
 
 const W = 340, H = 220, LEFT = 34, RIGHT = 8, TOP = 20, BOTTOM = 36;
@@ -92,10 +79,7 @@ function render({ model, el }) {
   const step = slider("proximal steps k", 0, model.get("steps"), 1);
   const spectrum = picture("Outline: the spectrum v. Filled: ξ(v, τ), what survives. Inside the band |vᵢ| ≤ τ nothing does.", W, H);
   const descent = picture("Each entry from its start towards ξ(v, τ). Dashed: directions that end at exactly zero.", W, H);
-  const result = document.createElement("p"), style = document.createElement("style");
-  result.className = "fl-result";
-  result.setAttribute("aria-live", "polite");
-  style.textContent = CSS;
+  const result = outcome();
 
   const draw = () => {
     const v = model.get("v"), t = model.get("tau"), n = model.get("steps"), k = Math.min(model.get("step"), n);
@@ -118,8 +102,7 @@ function render({ model, el }) {
   const events = ["v", "tau", "step", "steps", "rho", "start"].map((name) => "change:" + name);
   events.forEach((event) => model.on(event, draw));
 
-  el.classList.add("fl-st");
-  el.replaceChildren(style, row(tau.box, step.box), row(spectrum.box, descent.box), result);
+  el.replaceChildren(dress(el, "fl-st", CSS), row(tau.box, step.box), row(spectrum.box, descent.box), result);
   draw();
   return () => events.forEach((event) => model.off(event, draw));
 }

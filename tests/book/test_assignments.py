@@ -355,6 +355,7 @@ def test_every_task_has_visible_and_hidden_checks_that_report_themselves(name: s
 COLUMNS = ("name", "solution", "right", "wrong", "check")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(COLUMNS, MUTANTS)
 def test_a_wrong_solution_is_caught_by_the_visible_check(
     name: str, solution: str, right: str, wrong: str, check: str
@@ -364,6 +365,7 @@ def test_a_wrong_solution_is_caught_by_the_visible_check(
     assert grade(nb, check).startswith(f"{check}: AssertionError")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(COLUMNS, SUBTLE)
 def test_a_solution_for_the_visible_check_only_is_caught_by_the_hidden_one(
     name: str, solution: str, right: str, wrong: str, check: str

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import labels
@@ -72,11 +73,16 @@ def test_a_page_with_code_cells_is_a_notebook(page: Path) -> None:
     assert labels.is_chapter(page) == has_code, "front matter: jupytext (format_name: myst) and kernelspec"
 
 
+@cache
+def known() -> set[str]:
+    """The keys of the bibliography."""
+    return set(labels.Book(project.BOOK).citations)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_citations_are_in_the_bibliography(page: Path) -> None:
     keys = re.findall(r"\{cite(?::\w+)?\}`([^`]+)`", page.read_text(encoding="utf-8"))
-    known = labels.Book(project.BOOK).citations
-    assert {k.strip() for group in keys for k in group.split(",")} <= set(known)
+    assert {k.strip() for group in keys for k in group.split(",")} <= known()
 
 
 def test_own_assets_load_nothing_from_elsewhere() -> None:

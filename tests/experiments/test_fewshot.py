@@ -67,7 +67,7 @@ def test_unknown_names_are_told_with_the_nearest():
         arm("arena8")
 
 
-@pytest.mark.parametrize("name", [*ARMS, *EXTRA])
+@pytest.mark.parametrize("name", [n if n in ARMS else pytest.param(n, marks=pytest.mark.slow) for n in (*ARMS, *EXTRA)])
 def test_every_arm_adapts(name):
     done = adapt(FewshotConfig(arm=name, shots=2, **TINY))
     record = done.record

@@ -55,6 +55,7 @@ def test_who_was_killed_is_who_did_not_answer(line):
     assert len(line["scores"]["personal"]) == len(line["answered"][-1])
 
 
+@pytest.mark.slow
 @each_line
 def test_the_in_process_side_made_again_gives_the_stored_hash(line):
     """On the processor and torch that it was made with; elsewhere up to last bits, which training amplifies."""

@@ -13,6 +13,11 @@ from fedlora_mini.federation.client import moves_at_all
 from fedlora_mini.models import build
 
 BUDGET = Budget(steps=3, batch=2, lr=1e-2)
+FEW = ("fedit", "fedavg", "iat", "ditto", "as_lora")  # what `make quick` looks at
+
+
+def marked(names):
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def federation(name, data, execution="auto", dtype=torch.float32, budget=BUDGET, seed=0, network="minisam"):
@@ -42,7 +47,7 @@ def final(engine, server):
     return [server.state, *(engine.memory[client] for client in engine.clients)]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", marked(METHODS))
 def test_the_same_seed_twice_gives_the_same_bytes_and_another_seed_others(tiny, name):
     digests = []
     for seed in (0, 0, 1):
@@ -52,7 +57,7 @@ def test_the_same_seed_twice_gives_the_same_bytes_and_another_seed_others(tiny, 
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if groupable(m) and not m.pooled])
+@pytest.mark.parametrize("name", marked(n for n, m in METHODS.items() if groupable(m) and not m.pooled))
 def test_grouped_clients_end_like_sequential_ones(tiny, name):
     """Exact in real arithmetic; in float64, after two rounds of Adam, to 1e-7 relative."""
     ends = []
@@ -71,7 +76,7 @@ def test_full_weights_have_no_grouped_execution(tiny):
     assert not federation("fedavg", tiny, "auto")[1].grouped
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", marked(METHODS))
 def test_what_is_shared_is_equal_everywhere_and_what_is_private_differs(tiny, name):
     """What no optimiser moves is neither: it comes from the federation."""
     _, engine, server = federation(name, tiny)

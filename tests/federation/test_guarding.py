@@ -14,6 +14,7 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import parse_arm
 from fedlora_mini.federation import METHODS, Budget, Request, Server, federate
 from fedlora_mini.federation.guarding import Guarding
+from fedlora_mini.federation.sampling import generator
 from fedlora_mini.models import build
 from fedlora_mini.privacy import DPSGD, BudgetSpent, LowPass, Release, epsilon
 
@@ -38,6 +39,7 @@ def advance(engine, server, rounds=2):
 
 FREE = [n for n, m in METHODS.items() if m.work.free and all(t.free for t in m.objective)]
 GROUPABLE = [n for n in FREE if ADAPTERS[METHODS[n].adapter].grouped]
+FEW = ("fedit", "ffa", "iat", "fedavg")  # what `make quick` looks at
 ALONE = [n for n in GROUPABLE if not METHODS[n].pooled]  # a pooled client's batch holds three sites' images
 
 
@@ -50,7 +52,7 @@ def test_only_rows_that_tell_nothing_but_gradients_may_be_private(tiny, name):
             federation(name, tiny)
 
 
-@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in ALONE])
 def test_without_noise_clipping_and_sampling_it_is_the_plain_run_on_all_images(tiny, name):
     """In float64, with SGD: batches hold the same images in another order."""
     whole = Budget(steps=3, batch=len(tiny.sites[0].train), lr=1e-2, optimiser="sgd", augment=False)
@@ -70,6 +72,37 @@ def test_the_same_seed_gives_the_same_bytes_and_secure_noise_does_not(tiny):
         advance(engine, server)
         digests.append(S.digest(server.state))
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("execution", ["sequential", "grouped"])
+def test_secure_samples_differ_from_build_to_build_and_seeded_ones_do_not(tiny, execution):
+    """Without noise, so that the coins alone tell the builds apart."""
+    for secure in (False, True):
+        guard, ends = Guarding(DPSGD(0.0, 0.5), secure=secure), []
+        for _ in range(2):
+            engine, server = federation("fedit", tiny, guard, execution=execution)
+            advance(engine, server)
+            ends.append(S.digest(server.state))
+        assert (ends[0] == ends[1]) == (not secure)
+
+
+def test_seeded_samples_are_those_of_the_generator_and_secure_ones_are_not(tiny):
+    budget = replace(BUDGET, steps=20, augment=True)
+    engine, _ = federation("fedit", tiny, budget=budget)
+    member, n = engine.members[1], len(engine.members[1].data)
+    rng = generator(0, 2, 1, "batches")
+    draw = member.batches(2, budget)
+    for step in range(1, 21):
+        rows = torch.nonzero(torch.rand(n, generator=rng, dtype=torch.float64) < 0.5)[:, 0]
+        x, y = member.data.images[rows], member.data.masks[rows]
+        for axis in (1, 2):
+            chosen = torch.rand(len(y), generator=rng) < 0.5
+            x = torch.where(chosen.view(-1, 1, 1, 1), x.flip(axis + 1), x)
+        assert torch.equal(draw(step)[0], x)
+    secure, _ = federation("fedit", tiny, replace(PRIVATE, secure=True), budget)
+    draws = [secure.members[1].batches(2, budget) for _ in range(2)]
+    sizes = [[len(draw(step)[0]) for step in range(1, 21)] for draw in draws]
+    assert sizes[0] != sizes[1], "the same round of the same client"
 
 
 def test_noise_differs_between_clients_rounds_and_steps(tiny):
@@ -115,6 +148,17 @@ def test_filters_change_the_released_gradient_and_nothing_else(tiny):
     head = [name for name in a if name.startswith("head")]
     assert head and all(torch.equal(a[name], b[name]) for name in head)
     assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("execution", ["sequential", "grouped"])
+def test_no_image_decides_whether_a_clients_update_is_refused(tiny, execution):
+    images = tiny.sites[1].train.images.clone()
+    images[0] = math.nan
+    broken = replace(tiny.sites[1], train=replace(tiny.sites[1].train, images=images))
+    data = replace(tiny, sites=(tiny.sites[0], broken, *tiny.sites[2:]))
+    engine, server = federation("fedit", data, Guarding(DPSGD(1.0, 1.0)), execution=execution)
+    records = advance(engine, server)
+    assert [record.refused for record in records] == [[], []] and S.finite(server.state)
 
 
 @pytest.mark.parametrize("arm", ["fedit", "ffa", "rolora", "la_lora:filter=low-pass", "la_lora_pre", "fedprox"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.adapters import call, keys, prepare, trainable
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import parse_arm
@@ -18,7 +18,8 @@ from fedlora_mini.federation.aggregation.selection import ROUND, SCORE, Selectio
 from fedlora_mini.federation.exchange import is_model
 from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.schedule import MODE
-from fedlora_mini.federation.works.selection import Selected, score
+from fedlora_mini.federation.works.selection import Recorder, Selected, score
+from fedlora_mini.losses import task_loss
 from fedlora_mini.models import build
 from fedlora_mini.privacy import DPSGD
 from fedlora_mini.privacy.filters import FILTERS
@@ -131,9 +132,38 @@ def test_the_released_curvature_is_the_quadratics(tiny):
     engine, _ = federation(tiny)
     [name] = [n for n in engine.keys if n.endswith(".B")][:1]
     at, where = torch.randn(3, 2), torch.randn(3, 2)
-    kappa = Selected()._kappa(engine.members[0], name, 2.5 * at, {name: at}, 2.5 * where, where)
-    assert kappa == pytest.approx(2.5, rel=1e-5)
-    assert Selected("none")._kappa(engine.members[0], name, at, {name: at}, where, where) == 0
+    now = Recorder({name: 2.5 * at}, {name: at})
+    assert Selected()._kappa(engine.members[0], name, now, 2.5 * where, where) == pytest.approx(2.5, rel=1e-5)
+    assert Selected("none")._kappa(engine.members[0], name, now, where, where) == 0
+
+
+def test_the_raw_curvature_is_the_second_difference_of_the_loss_on_the_last_batch(tiny):
+    engine, server = federation(tiny, replace(ROW, work=Selected("raw")))
+    advance(engine, server, 3)
+    member, now = engine.members[0], Recorder()
+    member.fit(4, objective=(now,))
+    assert len(now.drawn[0]) == BUDGET.batch
+    state, h = member.tensors | now.at, 1e-3
+    for name, g in now.last.items():
+        v = g / g.norm()
+        moved = [call(engine.setting.model, state | {name: now.at[name] + a * v}, now.drawn[0]) for a in (h, 0, -h)]
+        up, here, down = (float(task_loss(logits, now.drawn[1]).mean()) for logits in moved)
+        found = Selected("raw")._kappa(member, name, now, None, None)
+        assert found == pytest.approx((up - 2 * here + down) / h**2, rel=1e-2, abs=1e-7), name
+
+
+def test_before_its_first_round_no_curvature_enters_a_score(tiny):
+    """The published code has it in the last ten rounds only."""
+    told = {}
+    for work in (Selected("none"), Selected("raw"), Selected("raw", since=3)):
+        engine, server = federation(tiny, replace(ROW, work=work))
+        records = [{}, {}, {}]
+        for t in range(3):
+            advance(engine, server, t + 1)
+            records[t] = {n: float(v) for n, v in server.state.items() if n.startswith("~~as/")}
+        told[work] = records
+    none, raw, late = told.values()
+    assert late[:2] == none[:2] and late[2] != none[2] and raw[0] != none[0]
 
 
 def test_the_raw_curvature_reads_images_and_is_refused_under_a_budget(tiny):
@@ -198,6 +228,7 @@ def test_only_what_takes_turns_has_a_first_factor():
         (lambda: Selection(warmup=3), "even"),
         (lambda: Selection(memory=2.0), "memory"),
         (lambda: Selected("exact"), "unknown curvature of AS-LoRA 'exact'"),
+        (lambda: Selected(since=0), "since must be a round"),
     ],
 )
 def test_bad_settings_are_named(call, message):

@@ -100,6 +100,7 @@ def test_options_that_nothing_takes_are_refused(row, option, message):
         companions(row, **{option: 1})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("row", COMPANIONS)
 def test_every_row_learns_with_its_companions(row, name, fit):

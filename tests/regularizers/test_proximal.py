@@ -75,6 +75,7 @@ def test_shrinking_minimises_the_quadratic_problem(tau):
     assert is_minimiser(shrink(x, tau).numpy(), x.numpy(), lambda z: tau * 0.5 * (z**2).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ridge", (0.0, 0.7))
 @pytest.mark.parametrize("alpha", (1.0, 0.6, 0.0, -0.5))
 @pytest.mark.parametrize("tau", (0.05, 0.6, 0.8, 2.5))
@@ -150,6 +151,7 @@ def lowest_matrix(Y, tau, alpha, ridge):
     return min(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", (0.05, 0.4, 1.0))
 @pytest.mark.parametrize(("alpha", "ridge"), [(0.0, 0.0), (1.0, 0.0), (0.5, 0.0), (-0.5, 0.0), (0.0, 0.8)])
 def test_the_prox_on_singular_values_minimises_over_full_matrices(tau, alpha, ridge):

@@ -261,6 +261,7 @@ def regress(adapter, *terms, steps, lr=0.1, at=()):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "terms",
     [lambda lam: (L1(lam, gauge="unit"),), lambda lam: (L1(lam), WeightDecay(0.1))],

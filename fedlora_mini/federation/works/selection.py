@@ -4,8 +4,8 @@ S = max(||g||^2 - d s^2, 0) - (eta kappa / 2) ||g||^2: the decrease of the loss 
 second order, with the noise's own energy taken off (d numbers with noise of deviation s each). methods.md card 6.
 
 kappa is the curvature along g. curvature "released" takes it from two released gradients of the same factor, kappa =
-<g - g', theta - theta'> / ||theta - theta'||^2, which costs nothing more; "raw" is that of the published code, a second
-difference of the loss on private images: not private, and refused under a budget; "none" leaves it out.
+<g - g', theta - theta'> / ||theta - theta'||^2, which costs nothing more; "raw" is what the published code means, the
+curvature of the loss on the step's private images: not private, and refused under a budget; "none" leaves it out.
 """
 
 from dataclasses import dataclass, field
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters.base import call
-from fedlora_mini.errors import unknown
+from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.aggregation.selection import SCORE
 from fedlora_mini.federation.row import Work
 from fedlora_mini.federation.schedule import chosen
 from fedlora_mini.losses import task_loss
+from fedlora_mini.metrics.sharpness import hvp
 from fedlora_mini.regularizers import Context, Regularizer
+from fedlora_mini.regularizers.base import EMPTY
 from fedlora_mini.state import State
 
 if TYPE_CHECKING:
@@ -29,21 +30,22 @@ if TYPE_CHECKING:
 
 CURVATURES = ("released", "none", "raw")
 GRADIENT, PLACE = "~as/g/", "~as/at/"  # the last released gradient of every factor, and where it was taken
-STEP = 1e-3  # h of the raw second difference
 
 
 @dataclass
 class Recorder(Regularizer):
-    """Keeps the last step's gradient as it was released, and where it was taken. It stands before any filter."""
+    """Keeps the last step's gradient as it was released, where and on what. It stands before any filter."""
 
     last: State = field(default_factory=dict)
     at: State = field(default_factory=dict)
+    drawn: tuple[Tensor, Tensor] = (EMPTY, EMPTY)
     label = "records the last gradient"
     free = True
 
     def gradient_(self, gradient: State, state: State, context: Context) -> None:
         if context.step == context.steps:
             self.last, self.at = S.clone(gradient), S.clone({name: state[name] for name in gradient})
+            self.drawn = context.x, context.y
 
 
 def score(g: Tensor, noise: float, eta: float, kappa: float) -> float:
@@ -54,9 +56,10 @@ def score(g: Tensor, noise: float, eta: float, kappa: float) -> float:
 
 @dataclass(frozen=True)
 class Selected(Work):
-    """The work of an AS-LoRA client."""
+    """The work of an AS-LoRA client. since: the first round whose scores hold a curvature; before, energy alone."""
 
     curvature: str = "released"
+    since: int = 1
 
     messages = (f"{SCORE}*",)
     notes = (GRADIENT, PLACE)
@@ -64,6 +67,8 @@ class Selected(Work):
     def __post_init__(self) -> None:
         if self.curvature not in CURVATURES:
             raise unknown("curvature of AS-LoRA", self.curvature, CURVATURES)
+        if self.since < 1:
+            raise FedloraError(f"since must be a round, at least 1, got {self.since}")
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -84,31 +89,29 @@ class Selected(Work):
         for name, g in recorder.last.items():
             key = own.keys[name]
             if key.factor in "AB" and chosen(key, client.notes):
-                kappa = self._kappa(client, name, g, recorder.at, past.get(name), where.get(name))
+                seen = past.get(name), where.get(name)
+                kappa = self._kappa(client, name, recorder, *seen) if round >= self.since else 0.0
                 say[f"{SCORE}{key.path}"] = torch.tensor(score(g, noise, own.budget.lr, kappa), dtype=torch.float64)
         client.keep(GRADIENT, past | recorder.last)
         client.keep(PLACE, where | recorder.at)
         return end, loss, say
 
-    def _kappa(
-        self, client: "Member", name: str, g: Tensor, at: State, past: Tensor | None, where: Tensor | None
-    ) -> float:
+    def _kappa(self, client: "Member", name: str, now: Recorder, past: Tensor | None, where: Tensor | None) -> float:
         if self.curvature == "raw":
-            return self._raw(client, name, g, at)
+            return self._raw(client, name, now)
         if self.curvature == "none" or past is None or where is None:
             return 0.0
-        moved = (at[name] - where).double()
+        moved = (now.at[name] - where).double()
         length = float(moved.square().sum())
-        return float(((g - past).double() * moved).sum()) / length if length else 0.0
+        return float(((now.last[name] - past).double() * moved).sum()) / length if length else 0.0
 
-    def _raw(self, client: "Member", name: str, g: Tensor, at: State) -> float:
-        """(L(theta + h v) - 2 L(theta) + L(theta - h v)) / h^2 along v = g / ||g||, on the client's images."""
-        v = g / g.norm().clamp(min=1e-12)
-        state, data = client.tensors | at, client.data
+    def _raw(self, client: "Member", name: str, now: Recorder) -> float:
+        """v^T H v along v = g / ||g||, H that of the loss on the last step's images.
 
-        def loss(h: float) -> float:
-            with torch.no_grad():
-                logits = call(client.setting.model, state | {name: at[name] + h * v}, data.images)
-                return float(task_loss(logits, data.masks).double().mean())
-
-        return (loss(STEP) - 2 * loss(0.0) + loss(-STEP)) / STEP**2
+        The published code takes (L(theta + h v) - 2 L(theta) + L(theta - h v)) / h^2 with h = 1e-3, which tends to
+        this; in single precision its rounding, about 1e-7 L / h^2, is as large as the curvature.
+        """
+        v = now.last[name] / now.last[name].norm().clamp(min=1e-12)
+        x, y = now.drawn
+        found = hvp(client.setting.model, client.tensors | now.at, task_loss, x, y, {name: v})
+        return float((found[name] * v).double().sum())
