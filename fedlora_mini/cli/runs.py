@@ -16,7 +16,7 @@ RUN_EXAMPLES = """examples:
   fedlora run fedit --data nuclei --rounds 15 --seed 1
   fedlora run fedsa --data my_hospitals.zip --unseen C6 --option group='^(\\d+)'
   fedlora run fedit --data phantom --option appearance=1 --option supervision=0.5
-  fedlora run fedbn --model unet --base none --sites 8 --fraction 0.5"""
+  fedlora run fedbn --model unet_bn --base none --sites 8 --fraction 0.5"""
 
 
 NETWORK_EXAMPLES = """examples:
@@ -31,6 +31,7 @@ own process and is evaluated once, at the end. Needs Flower: pip install 'fedlor
 COMPARE_EXAMPLES = """examples:
   fedlora compare local fedit fedsa iat --data nuclei --seeds 0-2
   fedlora compare local fedit --data phantom --seeds 0-7 --search-lr 1e-3,3e-3,1e-2
+  fedlora compare local fedit --data nuclei --search-lr 2e-3,5e-3,1e-2      each seed's own rate
   fedlora compare fedit iat --data path/to/hospitals --unseen C6
   fedlora compare resfim resfim:score=lottery iat_sor:form=exact,lam=0.01     rows with other numbers
 
@@ -79,10 +80,14 @@ def network_command(args: argparse.Namespace) -> int:
 
 def compare_command(args: argparse.Namespace) -> None:
     """Several methods, several seeds, paired differences."""
-    from fedlora_mini.experiments.compare import Comparison, parse_seeds
+    from fedlora_mini.errors import unknown
+    from fedlora_mini.experiments.compare import SEARCH_ON, Comparison, parse_seeds
     from fedlora_mini.experiments.config import RunConfig
 
     given = settings(args)
+    if args.search_on not in (None, *SEARCH_ON):
+        raise unknown("place to search a rate on", args.search_on, SEARCH_ON)
+    on = None if args.search_on is None else SEARCH_ON[args.search_on]
     name = f"runs/compare-{Path(given.get('data', 'phantom')).stem}-{RunConfig(**given).key()}"
     folder = Path(args.out or name)
     rates = [float(rate) for rate in args.search_lr.split(",")] if args.search_lr else []
@@ -91,7 +96,7 @@ def compare_command(args: argparse.Namespace) -> None:
     def on_run(config: RunConfig) -> Callable[[dict[str, Any]], None]:
         return progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)
 
-    report(Comparison(args.methods, seeds, given, folder, rates, on_run).run(), folder)
+    report(Comparison(args.methods, seeds, given, folder, rates, on_run, on).run(), folder)
 
 
 def register(add: Add) -> None:
@@ -111,4 +116,11 @@ def register(add: Add) -> None:
     compare.add_argument("methods", nargs="+", metavar="METHOD")
     compare.add_argument("--seeds", default="0-2", help="such as 0-7 or 0,3,5 [0-2]")
     compare.add_argument("--search-lr", metavar="RATES", help="a grid, the same for every method, on validation data")
+    compare.add_argument(
+        "--search-on",
+        metavar="WHERE",
+        help="own-split: a search a seed, on its own validation images; other-seed: one for all seeds, on a seed that "
+        "is not reported, whose validation images on real data are partly their test images [simulated data: "
+        "other-seed, real: own-split]",
+    )
     add_run_settings(compare)

@@ -75,7 +75,7 @@ def add_run_settings(parser: argparse.ArgumentParser) -> None:
     add("--clip", type=float, metavar="C", help="largest norm of one image's gradient, or client's change [1]")
     add("--quantile", type=float, help="with --unit client: C follows this quantile of the norms [C stays]")
     add("--clipping", help="flat, per-layer or normalised [flat]")
-    add("--secure", action="store_true", help="noise from the operating system: a run cannot be repeated")
+    add("--secure", action="store_true", help="noise and coins from the operating system: a run cannot be repeated")
     add("--threads", type=int, help="CPU threads [torch's choice]")
     add("--eval-every", type=int, default=2, metavar="N", help="validation Dice every N rounds, 0 = never [2]")
     add("--out", metavar="FOLDER", help="where to write [runs/…]")

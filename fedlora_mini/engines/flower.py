@@ -69,7 +69,10 @@ class FlowerEngine:
         return {name: scores for reply in replies for name, scores in reply.items()}
 
     def _ask(self, kind: str, contents: "Mapping[int, RecordDict]") -> "list[tuple[int, RecordDict]]":
-        """(client, answer) in the order of clients. Who answers is told by the node, not by what it says."""
+        """(client, answer) in the order of clients. Who answers is told by the node, not by what it says.
+
+        Flower hands out all replies at once: the server holds the bytes of every client, whatever the rule holds.
+        """
         from flwr.app import Message
 
         client_at = {self.nodes[client]: client for client in contents}

@@ -2,11 +2,11 @@
 
 A record is here the gradient that it sends, and nobody else's touches the canary's direction: no neighbours differ by
 more. The suspects are the library's own clip, noise, samples and ledger, and copies of them with one thing broken. A
-lower bound above the claim convicts; one below it acquits nobody. Chapter 19.
+lower bound above the claim convicts, and so does an attack above the claim's curve; nothing acquits. Chapter 19.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,13 +19,14 @@ from fedlora_mini import state as S
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.sampling import generator
 from fedlora_mini.privacy import DPSGD, BudgetSpent, Ledger, Release, calibrate, clip_sum, epsilon, poisson
-from fedlora_mini.privacy.audit import gaussian_bound, lower_bound, one_run_bound
+from fedlora_mini.privacy.audit import Point, against_curve, gaussian_bound, lower_bound, one_run_bound
 from fedlora_mini.privacy.noise import Seeded, Source, add_noise
 
 Step = Callable[[Tensor, DPSGD, float, Source], Tensor]
 """(gradients (G, N, D) of G runs, zero for who was not drawn; mechanism; expected batch; noise) -> released (G, D)."""
 
-Table = NDArray[np.float64]
+Counts = tuple[int, int, int, int]  # hits of members, alarms of strangers
+RIGHT = "as it should be"  # the name of the one suspect that is not broken
 LOUD = 1e3  # length of a canary in units of C: it costs the attacker nothing
 
 
@@ -53,17 +54,17 @@ def batch_mean(g: Tensor, mechanism: DPSGD, expected: float, source: Source) -> 
 
 @dataclass(frozen=True)
 class Suspect:
-    """A mechanism and what it says of itself: (claim, delta) for a run in which it makes `releases` releases."""
+    """What a mechanism says of itself, and what it does in a run: `releases` times `step`.
+
+    claim: its epsilon at delta, said to be that of the releases in `account`.
+    """
 
     claim: float
     delta: float
+    account: Release
     mechanism: DPSGD
     releases: int
     step: Step = per_sample
-
-    def tight(self) -> bool:
-        """Whether its claim is that of a Gaussian mechanism, which `gaussian_bound` asks for."""
-        return self.mechanism.q == 1
 
 
 def allowed(mechanism: DPSGD, claim: float, delta: float, lives: int, keeps: bool, method: str = "pld") -> int:
@@ -89,11 +90,12 @@ def suspects(
     """The library's mechanism, calibrated to spend (claim, delta) in so many steps at rate q, and three broken ones."""
     mechanism = DPSGD(calibrate(claim, delta, q, steps, method), q)
     kept, forgot = (allowed(mechanism, claim, delta, lives, keeps, method) for keeps in (True, False))
+    right = Suspect(claim, delta, Release(mechanism.sigma, q, kept), mechanism, kept)
     return {
-        "as it should be": Suspect(claim, delta, mechanism, kept),
-        "no noise": Suspect(claim, delta, mechanism, kept, without_noise),
-        "clips the batch mean": Suspect(claim, delta, mechanism, kept, batch_mean),
-        "ledger forgets": Suspect(claim, delta, mechanism, forgot),
+        RIGHT: right,
+        "no noise": replace(right, step=without_noise),
+        "clips the batch mean": replace(right, step=batch_mean),
+        "ledger forgets": replace(right, releases=forgot),
     }
 
 
@@ -119,31 +121,43 @@ def watched(suspect: Suspect, gradients: Tensor, expected: float, seed: object) 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an audit found: lower bounds on epsilon at the suspect's delta, right together with the confidence asked."""
+    """What an audit found, all of it right together with the confidence asked.
 
+    game: "many runs" or "one run". lower: epsilon at the suspect's delta, at least. tight: the same, for a Gaussian
+    mechanism without sampling. curve: an attack's two rates beside what the suspect's account allows.
+    """
+
+    game: str
     claim: float
     lower: float
     correct: int
     guesses: int
     tight: float | None = None
+    curve: Point | None = None
+
+    @property
+    def by(self) -> tuple[str, ...]:
+        """What convicts: the game's lower bound, by the game's name; "curve", if the attack is above it; or nothing."""
+        tests = {self.game: self.lower > self.claim, "curve": self.curve is not None and self.curve.refutes}
+        return tuple(name for name, convicts in tests.items() if convicts)
 
     @property
     def caught(self) -> bool:
         """Whether it does not keep its claim."""
-        return max(self.lower, self.tight or 0.0) > self.claim
+        return bool(self.by)
 
 
 def many_runs(
     suspect: Suspect, games: int = 4000, others: int = 63, confidence: float = 0.95, seed: object = 0
 ) -> Verdict:
-    """One canary, in half of the runs. Half of the games chooses the threshold, the other half is counted.
+    """One canary, in half of the runs. Half of the games chooses the thresholds, the other half is counted.
 
-    `lower` asks for (epsilon, delta) alone. `tight` asks for the claim's whole curve, where it is a Gaussian one; then
-    each of the two bounds gets half of the error.
+    `lower` asks for (epsilon, delta) alone, `curve` for all that the account says: each gets half of the error. Without
+    sampling `tight` is the curve's count once more, as an epsilon.
     """
     if games < 8 or games % 4:
         raise FedloraError(f"the number of games must be a multiple of 4 and at least 8, got {games}")
-    share = 1 - (1 - confidence) / (1 + suspect.tight())
+    share = 1 - (1 - confidence) / 2
     member = torch.arange(games) % 2 == 0
     g = torch.zeros(games, others + 1, 2, dtype=torch.float64)
     g[:, 1:, 1] = suspect.mechanism.C  # the others agree with each other, beside the canary's direction
@@ -152,22 +166,28 @@ def many_runs(
     score = watched(suspect, g, expected, f"{seed}, many runs")[:, 0].numpy()
     first, kinds = np.arange(games) < games // 2, member.numpy()
 
-    def counts(part: NDArray[np.bool_], threshold: float) -> tuple[int, int, int, int]:
+    def counts(part: NDArray[np.bool_], threshold: float) -> Counts:
         inside, outside = score[part & kinds], score[part & ~kinds]
         return int((inside > threshold).sum()), len(inside), int((outside > threshold).sum()), len(outside)
 
-    def best(bound: Callable[..., float], **more: float) -> tuple[float, tuple[int, int, int, int]]:
+    def best(worth: Callable[[Counts], float]) -> Counts:
         tried = np.unique(np.quantile(score[first], np.linspace(0.005, 0.995, 100)))
-        threshold = max(tried, key=lambda t: bound(*counts(first, t), confidence=share, **more))
-        found = counts(~first, threshold)
-        return bound(*found, confidence=share, **more), found
+        return counts(~first, max(tried, key=lambda t: worth(counts(first, t))))
 
-    lower, (hits, members, alarms, strangers) = best(lower_bound, delta=suspect.delta)
+    def bound(found: Counts) -> float:
+        return lower_bound(*found, delta=suspect.delta, confidence=share)
+
+    def point(found: Counts) -> Point:
+        return against_curve(*found, release=suspect.account, confidence=share)
+
+    sure, steep = best(bound), best(lambda found: point(found).excess)
     tight = None
-    if suspect.tight():
-        mu, _ = best(gaussian_bound)
+    if suspect.account.q == suspect.mechanism.q == 1:
+        mu = gaussian_bound(*steep, confidence=share)
         tight = epsilon([Release(1 / mu)], suspect.delta, "gdp") if mu else 0.0
-    return Verdict(suspect.claim, lower, hits + strangers - alarms, members + strangers, tight)
+    hits, members, alarms, strangers = sure
+    right, games = hits + strangers - alarms, members + strangers
+    return Verdict("many runs", suspect.claim, bound(sure), right, games, tight, point(steep))
 
 
 def one_run(suspect: Suspect, canaries: int = 1000, confidence: float = 0.95, seed: object = 0) -> Verdict:
@@ -195,7 +215,7 @@ def one_run(suspect: Suspect, canaries: int = 1000, confidence: float = 0.95, se
     tried = sorted({2 * round(share * (canaries // 2)) for share in (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)} - {0})
     guesses = max(tried, key=lambda k: bound(rehearsal, k))
     right = guessed(f"{seed}, one run")
-    return Verdict(suspect.claim, bound(right, guesses), int(right[:guesses].sum()), guesses)
+    return Verdict("one run", suspect.claim, bound(right, guesses), int(right[:guesses].sum()), guesses)
 
 
 def report(
@@ -207,15 +227,28 @@ def report(
     canaries: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    others: int = 63,
 ) -> list[dict[str, Any]]:
-    """One row for each of `suspects`: what it claims, what the audits found; every row's bounds share the error."""
+    """One row for each of `suspects`: what it claims, what the audits found, which tests convict.
+
+    All bounds of a row share the error: with this confidence they hold together, and a mechanism that is right is not
+    accused.
+    """
     rows, share = [], 1 - (1 - confidence) / 2
     for name, suspect in suspects(claim, delta, q, steps).items():
-        many = many_runs(suspect, games, confidence=share, seed=seed)
+        many = many_runs(suspect, games, others, share, seed)
         one = one_run(suspect, canaries, share, seed)
+        assert many.curve
+        by = [*many.by, *one.by]
         rows.append(
             {"mechanism": name, "claimed": claim, "releases": suspect.releases}
             | {"many runs": many.lower, "many runs, Gaussian": many.tight, "one run": one.lower}
-            | {"caught": many.caught or one.caught}
+            | {"FPR": many.curve.fpr, "TPR": many.curve.tpr, "allowed": many.curve.allowed}
+            | {"by": by, "caught": bool(by)}
         )
     return rows
+
+
+def misjudged(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The mechanisms of a report that are broken and not caught, or right and accused."""
+    return [row["mechanism"] for row in rows if row["caught"] == (row["mechanism"] == RIGHT)]

@@ -34,6 +34,7 @@ def save_checkpoint(path: Path, server: Server, engine: LocalEngine, records: li
         "seen": {str(client): round for client, round in server.seen.items()},
         "ranks": {str(client): rank for client, rank in server.ranks.items()},
         "records": records,
+        "names": list(tensors),  # in their order, which the file does not keep: sums over tensors follow it
         "ledgers": {str(m.number): m.ledger.asdict() for m in engine.members if m.ledger is not None},
     }
     part = path.with_name(path.name + ".part")
@@ -46,7 +47,7 @@ def load_checkpoint(path: Path, server: Server, engine: LocalEngine) -> list[dic
     with safe_open(path, framework="pt", device=str(engine.device)) as file:
         notes = json.loads(file.metadata()["notes"])
         parts: dict[str, State] = {}
-        for key in file.keys():  # noqa: SIM118
+        for key in notes["names"]:
             owner, _, name = key.partition("/")
             parts.setdefault(owner, {})[name] = file.get_tensor(key)
     server.state, server.round, server.changed = parts["server"], notes["round"], notes["changed"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedlora_mini.data import Dataset
+from fedlora_mini.data import DATASETS, Dataset
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import parse_arm
 from fedlora_mini.experiments.checkpoint import write_atomically
@@ -14,7 +14,8 @@ from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import METRICS, dataset_of
 from fedlora_mini.experiments.run import run
 
-SEARCH_SEED = 1000  # the search for a learning rate sees other splits and other batches than any reported seed
+SEARCH_SEED = 1000  # no reported seed: another start, other batches, and where images are simulated other images
+SEARCH_ON: dict[str, tuple[int, ...]] = {"own-split": (), "other-seed": (SEARCH_SEED,)}
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -30,9 +31,22 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def search_seeds(data: str) -> tuple[int, ...]:
+    """Whose validation images choose a rate: SEARCH_SEED's where sites are simulated, else () = each seed's own.
+
+    On real images another seed is another split of the same images: some that choose the rate would be test images.
+    """
+    known = DATASETS.get(data)
+    return SEARCH_ON["other-seed" if known is not None and known.kind == "simulated" else "own-split"]
+
+
 def validation(record: dict[str, Any]) -> float:
     """A finished run's score on validation data: Dice, or accuracy."""
     return next(record[f"val_{metric}"] for metric in METRICS.values() if f"val_{metric}" in record)
+
+
+Found = tuple[RunConfig, dict[str, Any]]
+"""A run with its rate, and what its record says of how that was found."""
 
 
 @dataclass
@@ -47,40 +61,54 @@ class Comparison:
     seeds: Sequence[int]
     settings: dict[str, Any]
     folder: Path
-    rates: Sequence[float] = ()  # a grid: every method searches it on validation data of SEARCH_SEED
+    rates: Sequence[float] = ()  # a grid: every method searches it on validation images
     on_run: Callable[[RunConfig], Callable[[dict[str, Any]], None]] = lambda config: lambda record: None
-    search_seeds: Sequence[int] = (SEARCH_SEED,)
+    search_seeds: Sequence[int] | None = None  # whose images; () = each seed's own; None = by `search_seeds(data)`
     widen: int = 0  # how often a search whose best rate is the last of the grid goes on by a factor of 2 on that side
     searched: list[dict[str, Any]] = field(default_factory=list)  # the search's runs, once it is over
     _data: tuple[int, Dataset] | None = None
 
     def run(self) -> list[dict[str, Any]]:
-        """All results, methods within seeds; also written to `results.jsonl`."""
+        """All results, methods within seeds; also written to `results.jsonl`.
+
+        A record with a searched rate says under "search" which seeds' images chose it, and what each rate scored there.
+        """
         if len(set(self.methods)) != len(self.methods):
             raise FedloraError(f"a method is named twice: {', '.join(self.methods)}")
         common = self.settings.get("change", {})
         parsed = [parse_arm(text) for text in self.methods]
         arms = [RunConfig(**self.settings | {"method": name, "change": common | own}) for name, own in parsed]
-        if self.rates:
-            arms = [self._search(config) for config in arms]
-        results = [self._one(config.but(seed=seed)) for seed in self.seeds for config in arms]
+        on = search_seeds(arms[0].data) if self.search_seeds is None else self.search_seeds
+        found: list[Found] = [(config, {}) for config in arms]
+        if self.rates and on:
+            found = [self._search(config, on) for config in arms]
+        results = []
+        for seed in self.seeds:
+            if self.rates and not on:
+                found = [self._search(config, (seed,)) for config in arms]
+            results += [self._one(config.but(seed=seed)) | told for config, told in found]
         write_atomically(self.folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
         return results
 
-    def _search(self, config: RunConfig) -> RunConfig:
-        """The rate with the best personal validation score; ties go to the smaller one."""
-        tried = {rate: self._tried(config.but(lr=rate)) for rate in sorted(self.rates)}
+    def _search(self, config: RunConfig, seeds: Sequence[int]) -> Found:
+        """The rate with the best personal validation score on these seeds; ties go to the smaller one.
+
+        Leakage is not looked at.
+        """
+        blind = config.but(leakage=False)
+        tried = {rate: self._tried(blind.but(lr=rate), seeds) for rate in sorted(self.rates)}
         for _ in range(self.widen if len(tried) > 1 else 0):
             best = max(sorted(tried), key=lambda rate: tried[rate])
             if min(tried) < best < max(tried):
                 break
             further = best * 2 if best == max(tried) else best / 2
-            tried[further] = self._tried(config.but(lr=further))
-        return config.but(lr=max(sorted(tried), key=lambda rate: tried[rate]))
+            tried[further] = self._tried(blind.but(lr=further), seeds)
+        told = {"seeds": list(seeds), "tried": {f"{rate:g}": tried[rate] for rate in sorted(tried)}}
+        return config.but(lr=max(sorted(tried), key=lambda rate: tried[rate])), {"search": told}
 
-    def _tried(self, config: RunConfig) -> float:
-        """Its mean validation score over the search's seeds."""
-        records = [self._one(config.but(seed=seed)) for seed in self.search_seeds]
+    def _tried(self, config: RunConfig, seeds: Sequence[int]) -> float:
+        """Its mean validation score over these seeds."""
+        records = [self._one(config.but(seed=seed)) for seed in seeds]
         self.searched += records
         return sum(map(validation, records)) / len(records)
 

@@ -62,7 +62,7 @@ class RunConfig:
     clip: float = 1.0  # C, the largest norm of one image's gradient, or of one client's change
     clipping: str = "flat"
     quantile: float | None = None  # with unit "client": C starts at `clip` and follows this quantile of the norms
-    secure: bool = False  # noise from the operating system, which no seed repeats
+    secure: bool = False  # noise and coins from the operating system, which no seed repeats
     change: dict[str, Any] = field(default_factory=dict)  # other numbers in the row, such as {"lam": 0.1}
 
     def __post_init__(self) -> None:
@@ -83,6 +83,10 @@ class RunConfig:
             raise unknown("unit of privacy", self.unit, UNITS)
         if self.private:
             self._guarding(self.sigma or 1.0, 1.0)
+            if self.leakage:
+                raise FedloraError(
+                    "leakage is read off gradients and changes without noise: leave it out under privacy"
+                )
 
     @property
     def row(self) -> Method:
@@ -114,9 +118,13 @@ class RunConfig:
         return calibrate(self.epsilon, self.delta, q, steps, self.accountant)
 
     def chosen(self, clients: Sequence[int], round: int) -> list[int]:
-        """Who takes part: a fixed number, or a Poisson sample where clients are what is protected."""
-        draw = drawn if self.private and self.unit == "client" else participants
-        return draw(clients, self.fraction, self.seed, round)
+        """Who takes part: a fixed number, or a Poisson sample where clients are what is protected.
+
+        A secure sample is another one at every call.
+        """
+        if self.private and self.unit == "client":
+            return drawn(clients, self.fraction, None if self.secure else self.seed, round)
+        return participants(clients, self.fraction, self.seed, round)
 
     def _guarding(self, sigma: float, q: float) -> Guarding:
         budget = math.inf if self.epsilon is None else self.epsilon

@@ -1,11 +1,14 @@
 """A federation in memory: data, model, clients and server of a config, trained round by round and evaluated."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fedlora_mini import state as S
@@ -16,8 +19,9 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.leakage import Watch
 from fedlora_mini.experiments.promise import Promise, guard_of, with_client_privacy
-from fedlora_mini.federation import Server, federate, repartition
-from fedlora_mini.federation.aggregation import aggregation_error
+from fedlora_mini.federation import Server, Update, federate, repartition
+from fedlora_mini.federation.aggregation import AggregationError, aggregation_error
+from fedlora_mini.federation.exchange import OWN
 from fedlora_mini.federation.loop import Round
 from fedlora_mini.metrics import evaluate, recognise
 from fedlora_mini.metrics.rank import pairs
@@ -76,6 +80,8 @@ class Federation:
         model = prepare(model, row.adapter, config.seed, **options).to(device)
         start = trainable(model)
         table = keys(model, list(start))
+        if told := row.keeps_nothing(table, config.model):
+            raise FedloraError(told)
         train = [site.train for site in data.sites]
         ranks = config.ranks_of(len(train), row)
         train = [Split.concat(train)] if row.pooled else train
@@ -94,23 +100,50 @@ class Federation:
         server = Server(start, ranks=dict(ranks))
         return cls(config, data, model, server, engine, Watch(engine, server) if config.leakage else None)
 
+    @classmethod
+    def finished(cls, folder: Path, data: Dataset | None = None) -> "Federation":
+        """A run as it ended, from its folder: `engine.personal(client, server)` and `evaluate()` are what they were.
+
+        Not to be trained on: memories that no model needs, such as gradients, are not in the folder.
+        """
+        record, tensors = folder / "result.json", folder / "final.safetensors"
+        if missing := [path.name for path in (record, tensors) if not path.is_file()]:
+            raise FedloraError(f"'{folder}' holds no finished run: it lacks {', '.join(missing)}")
+        result = json.loads(record.read_text(encoding="utf-8"))
+        federation = cls.build(RunConfig(**result["config"]), data)
+        parts: dict[str, State] = {}
+        for name, value in load_file(tensors).items():
+            owner, _, own = name.partition("/")
+            parts.setdefault(owner, {})[own] = value.to(federation.engine.device)
+        server = federation.server
+        server.state, server.round = parts["server"], len(result["loss"])
+        for member in federation.engine.members:
+            heard = S.pick(server.state, lambda name: not name.startswith(OWN))
+            member.memory = heard | parts.get(f"client {member.number}", {})
+        return federation
+
     def rounds(self) -> Iterator[Round]:
         """Run the rounds that are left, up to one that a privacy budget does not allow; yields one `Round` each."""
-        row, config = self.engine.method, self.config
+        row, config, watch = self.engine.method, self.config, self.watch
 
-        def error_of(before: State, after: State, updates: list[Any]) -> float | None:
-            if self.watch is not None:
-                self.leakage = self.watch.end(self.server.round + 1, updates)
+        def watched(before: State, after: State, updates: list[Update]) -> float | None:
+            """The error, after a look at all updates: it compares clients."""
+            assert watch is not None
+            self.leakage = watch.end(self.server.round + 1, updates)
             return aggregation_error(self.model, before, after, updates, self.engine.private)
+
+        def meter(before: State) -> AggregationError:
+            return AggregationError(self.model, before, self.engine.private)
 
         def choose(round: int) -> list[int]:
             chosen = config.chosen(self.engine.clients, round)
-            if self.watch is not None:
-                self.watch.begin(chosen)
+            if watch is not None:
+                watch.begin(chosen)
             return chosen
 
-        args = (row, self.engine, self.server, self.engine.keys, config.rounds, config.steps, choose, error_of)
-        yield from self.within_budget(federate(*args, layers=self.engine.setting.layers))
+        args = (row, self.engine, self.server, self.engine.keys, config.rounds, config.steps, choose)
+        error = watched if watch is not None else None
+        yield from self.within_budget(federate(*args, error, self.engine.setting.layers, meter))
 
     def within_budget(self, loop: Iterator[Round]) -> Iterator[Round]:
         """The rounds up to one that a privacy budget does not allow."""
@@ -182,9 +215,14 @@ class Federation:
         return math.log(energy) if energy else -math.inf
 
     def states(self) -> dict[str, State]:
-        """The final bytes: the server's state and every client's private part."""
-        own = {f"client {c}": S.pick(m, self.engine.private) for c, m in self.engine.memory.items()}
-        return {"server": self.server.state} | own
+        """The final bytes: the server's state, and of every client what makes its own model of it.
+
+        "server" holds every trained tensor by name, frozen weights that products were folded into, and notes, with a
+        "~" in their names. "client k" holds its private tensors, and notes where they make its model: the second model
+        of Ditto, the average of IOP-FL, the own pairs of FedALT, masks and own entries of pFL-ResFIM, the amplitude
+        that HarmoFL gives its images. A run's `final.safetensors` has them as "<part>/<name>": see `finished`.
+        """
+        return {"server": self.server.state} | {f"client {m.number}": m.personal_part for m in self.engine.members}
 
 
 def mean_over_sites(protocol: dict[str, Any], metric: str = "dice") -> float:

@@ -1,35 +1,44 @@
-"""Leakage of a run, round by round: M1 to M4 after every round, M5 and M6 at the end (methods.md card 3).
+"""Leakage of a run: M1 to M4 after every round, M5 and M6 at the end, each beside its level (methods.md card 3).
 
 M1 to M4 ask for layers that share one factor and keep the other; where all or nothing of a pair travels there is only
-M1b, the spread of what the sites send.
+M1b, the spread of what the sites send. Levels, as `<metric>_chance`: M1 with other sites' private factors, M1b from the
+halves of every site's images, M2 1 / (m n), M3 with permuted private changes, M4 r / m or r / n, M5 with shuffled names
+of sites, M6 zero.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Key
+from fedlora_mini.adapters.features import embed
+from fedlora_mini.data.base import Split
 from fedlora_mini.engines import LocalEngine
-from fedlora_mini.federation import Method, Server, Update
+from fedlora_mini.federation import Method, Request, Server, Update
 from fedlora_mini.federation.exchange import is_model
+from fedlora_mini.federation.loop import told
+from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.sampling import generator
 from fedlora_mini.metrics.leakage import (
     changes,
+    energy_null,
     explained_null,
+    gradients_through,
     leak_cos2,
     leak_energy,
     leak_explained,
-    shared_gradients,
     site_spread,
+    split_half_spread,
     subspace_overlap,
 )
-from fedlora_mini.metrics.probe import flat, site_probe, site_probe_null
+from fedlora_mini.metrics.probe import flat, site_probe, site_probe_null, swap_drop
 from fedlora_mini.state import State
 
-NULL_DRAWS = 50
+NULL_DRAWS, FOLDS = 50, 4
 
 
 def split_pairs(method: Method, keys: Mapping[str, Key]) -> dict[str, str]:
@@ -48,54 +57,55 @@ class Watch:
     engine: LocalEngine
     server: Server
     before: dict[int, State] = field(default_factory=dict)
+    twins: dict[int, Callable[[int], State]] = field(default_factory=dict)  # half of a site's images -> what it sends
     sent: list[list[State]] = field(default_factory=list)  # shared changes by round and site
 
     def begin(self, clients: Sequence[int]) -> None:
-        """Remember every client's model as the round starts it."""
+        """Remember every client's model as the round starts it, and what it is told."""
         state = S.pick(self.server.state, is_model)
         self.before = {k: S.clone(state | self._own(k)) for k in clients}
+        self.twins = {k: self._twin(k) for k in clients}
 
     def _own(self, client: int) -> State:
         member = self.engine.members[client]
         return member.own(member.memory)
 
+    def _twin(self, client: int) -> Callable[[int], State]:
+        """The client's round once more, on every second of its images (half 0 or 1), in batches of half the size."""
+        member, own = self.engine.members[client], self.engine.setting
+        known = dict(member.memory)
+        request = Request(self.server.round + 1, told(own.method, self.server, client))
+        setting = replace(own, budget=replace(own.budget, batch=-(-own.budget.batch // 2)))
+
+        def sends(half: int) -> State:
+            data = Split(member.data.images[half::2], member.data.masks[half::2])
+            return S.pick(Member(client, data, dict(known), setting).answer(request).state, is_model)
+
+        return sends
+
     def end(self, round: int, updates: Sequence[Update]) -> dict[str, Any]:
-        """The metrics of this round, each beside its chance level."""
+        """The metrics of this round, each beside its level."""
         weights = [update.weight for update in updates]
         starts = [self.before[u.client] for u in updates]
-        shared = [S.sub(tensors, S.pick(s, tensors.__contains__)) for u, s in zip(updates, starts, strict=True)
-                  if (tensors := S.pick(u.state, is_model))]  # fmt: skip
+        shared = [change for u, s in zip(updates, starts, strict=True) if (change := _moved(u.state, s))]
         if not shared:
             return {}
         self.sent.append(shared)
-        out: dict[str, Any] = {"site_spread": site_spread(shared, weights)}
+        out = {"site_spread": site_spread(shared, weights)} | self._spread_level(updates, weights)
         pairs = split_pairs(self.engine.method, self.engine.keys)
         if not pairs:
             return out
-        out["leak_energy"] = self._energy(round, updates, starts, weights, pairs)
         ends = [s | S.pick(u.state, is_model) | self._own(u.client) for u, s in zip(updates, starts, strict=True)]
-        own = [changes(start, end, pairs) for start, end in zip(starts, ends, strict=True)]
-        mean = S.mean(ends, weights)
-        middle = S.mean(starts, weights)
-        together = changes(middle, middle | S.pick(mean, {f"{p}.{f}" for p, f in pairs.items()}.__contains__), pairs)
         rng = generator("leakage", self.engine.setting.seed, round)
-        cos2, explained, chance, overlap, by_chance = [], [], [], [], []
-        for path, factor in pairs.items():
-            privates = [one[path][1] for one in own]
-            cos2 += [leak_cos2(*one[path]) for one in own]
-            explained.append(leak_explained(together[path][0], privates))
-            chance.append(float(explained_null(together[path][0], privates, rng, NULL_DRAWS).mean()))
-            for (B_s, A_s), (B_l, A_l) in (one[path] for one in own):
-                side = (B_s, B_l) if factor == "B" else (A_s.mT, A_l.mT)
-                overlap.append(subspace_overlap(*side))
-                by_chance.append(side[0].shape[1] / side[0].shape[0])
-        return out | {
-            "leak_cos2": _mean(cos2),
-            "leak_explained": _mean(explained),
-            "leak_explained_chance": _mean(chance),
-            "overlap": _mean(overlap),
-            "overlap_chance": min(1.0, _mean(by_chance)),
-        }
+        return out | self._energy(round, updates, starts, weights, pairs) | geometry(starts, ends, weights, pairs, rng)
+
+    def _spread_level(self, updates: Sequence[Update], weights: Sequence[float]) -> dict[str, float]:
+        """M1b by sampling alone; left out where a site has a single image."""
+        members = [self.engine.members[update.client] for update in updates]
+        if min(len(member.data) for member in members) < 2:
+            return {}
+        first, second = ([_moved(self.twins[m.number](h), self.before[m.number]) for m in members] for h in (0, 1))
+        return {"site_spread_chance": split_half_spread(first, second, weights)}
 
     def _energy(
         self,
@@ -104,35 +114,108 @@ class Watch:
         starts: Sequence[State],
         weights: Sequence[float],
         pairs: Mapping[str, str],
-    ) -> float:
-        """M1 of the round's first gradient."""
-        engine = self.engine
+    ) -> dict[str, float]:
+        """M1 of the round's first gradient, and with the private factors dealt to other sites."""
+        engine, through = self.engine, []
         private = {f"{path}.{'B' if factor == 'A' else 'A'}" for path, factor in pairs.items()}
-        average = S.mean([S.pick(start, private.__contains__) for start in starts], weights)
-        own, at_average = [], []
+        others = [S.pick(start, private.__contains__) for start in starts]
         for update, start in zip(updates, starts, strict=True):
             member = engine.members[update.client]
             x, y = member.batches(round, engine.setting.budget.of(len(member.data)))(1)
-            a, b = shared_gradients(engine.setting.model, start, average, pairs, x, y)
-            own.append(a)
-            at_average.append(b)
-        return leak_energy(own, at_average, weights)
+            seen = [*others, S.mean(others, weights)]
+            through.append(gradients_through(engine.setting.model, start, seen, pairs, x, y))
+        own, average = [row[0] for row in through], [row[-1] for row in through]
+        level = energy_null([row[1:-1] for row in through], average, weights)
+        return {"leak_energy": leak_energy(own, average, weights), "leak_energy_chance": level}
 
     def final(self) -> dict[str, Any]:
-        """M5 over the rounds that all sites took part in since a resume: accuracy, its null's mean and 95 %."""
+        """M5 (a) over the rounds that all sites took part in since a resume: accuracy, its null's mean and 95 %."""
         rounds = [row for row in self.sent if len(row) == len(self.engine.clients)]
-        if len(rounds) < 4 or len(self.engine.clients) < 2 or len({tuple(map(len, row)) for row in rounds}) > 1:
+        if len(rounds) < FOLDS or len(self.engine.clients) < 2 or len({tuple(map(len, row)) for row in rounds}) > 1:
             return {}
         if len({tuple(sorted(s)) for row in rounds for s in row}) > 1:
             return {}  # another factor travels from round to round
-        updates = flat(rounds)
-        null = site_probe_null(updates, generator("probe", self.engine.setting.seed), folds=4)
-        return {
-            "site_probe_rounds": len(rounds),
-            "site_probe": site_probe(updates, folds=4),
-            "site_probe_chance": float(null.mean()),
-            "site_probe_95": float(torch.quantile(null, 0.95)),
-        }
+        found = _probed("site_probe", flat(rounds), generator("probe", self.engine.setting.seed))
+        return {"site_probe_rounds": len(rounds)} | found
+
+    @torch.no_grad()
+    def features(self, splits: Sequence[Split]) -> dict[str, Any]:
+        """M5 (b): what the head is given by the shared-only model, private factors at their mean, tells of the site.
+
+        One split a site, as many images of each as the smallest has. `feature_probe_start` is the same before anything
+        was trained: images that look different are told apart by any features.
+        """
+        images = min(map(len, splits))
+        if not self.sent or len(splits) < 2 or images < FOLDS:
+            return {}
+        engine = self.engine
+
+        def means(state: State) -> Tensor:
+            """The features' means over pixels: (images, sites, channels)."""
+            seen = [engine.method.images(split.images[:images], self.server.state) for split in splits]
+            z = [embed(engine.setting.model, state, x.to(engine.device))[1].cpu() for x in seen]
+            return torch.stack([each.flatten(2).mean(2) if each.dim() > 2 else each for each in z], 1)
+
+        rng = generator("features", engine.setting.seed)
+        start = site_probe(means({}), FOLDS, centre=False)  # the model itself still holds what it started from
+        found = _probed("feature_probe", means(engine.common(self.server)), rng, centre=False)
+        return found | {"feature_probe_start": start}
+
+    def swapped(self, score: Callable[[State, int], float]) -> dict[str, Any]:
+        """M6, what each site loses with another site's private factors; nothing where there are none."""
+        privates = [self._own(client) for client in self.engine.clients]
+        if len(privates) < 2 or not any(privates):
+            return {}
+        shared = S.pick(self.server.state, is_model)
+        return {"swap_drop": swap_drop(score, shared, privates).tolist(), "swap_drop_chance": 0.0}
+
+
+def geometry(
+    starts: Sequence[State],
+    ends: Sequence[State],
+    weights: Sequence[float],
+    pairs: Mapping[str, str],
+    rng: torch.Generator,
+) -> dict[str, float]:
+    """M2 to M4 of one round, means over layers (M2 and M4: and sites), each beside its level."""
+    own = [changes(start, end, pairs) for start, end in zip(starts, ends, strict=True)]
+    mean, middle = S.mean(ends, weights), S.mean(starts, weights)
+    together = changes(middle, middle | S.pick(mean, {f"{p}.{f}" for p, f in pairs.items()}.__contains__), pairs)
+    cos2, cos2_level, explained, explained_level, overlap, overlap_level = [], [], [], [], [], []
+    for path, factor in pairs.items():
+        privates = [one[path][1] for one in own]
+        explained.append(leak_explained(together[path][0], privates))
+        explained_level.append(float(explained_null(together[path][0], privates, rng, NULL_DRAWS).mean()))
+        for (B_s, A_s), (B_l, A_l) in (one[path] for one in own):
+            cos2.append(leak_cos2((B_s, A_s), (B_l, A_l)))
+            cos2_level.append(1 / (B_s.shape[0] * A_s.shape[1]))
+            side = (B_s, B_l) if factor == "B" else (A_s.mT, A_l.mT)
+            overlap.append(subspace_overlap(*side))
+            overlap_level.append(side[0].shape[1] / side[0].shape[0])
+    return {
+        "leak_cos2": _mean(cos2),
+        "leak_cos2_chance": _mean(cos2_level),
+        "leak_explained": _mean(explained),
+        "leak_explained_chance": _mean(explained_level),
+        "overlap": _mean(overlap),
+        "overlap_chance": min(1.0, _mean(overlap_level)),
+    }
+
+
+def _moved(sent: State, start: State) -> State:
+    """The change of every tensor of the model that was sent."""
+    tensors = S.pick(sent, is_model)
+    return S.sub(tensors, S.pick(start, tensors.__contains__))
+
+
+def _probed(name: str, marks: Tensor, rng: torch.Generator, centre: bool = True) -> dict[str, float]:
+    """A probe's accuracy, its null's mean and 95 %."""
+    null = site_probe_null(marks, rng, folds=FOLDS, centre=centre)
+    return {
+        name: site_probe(marks, folds=FOLDS, centre=centre),
+        f"{name}_chance": float(null.mean()),
+        f"{name}_95": float(torch.quantile(null, 0.95)),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,7 +22,7 @@ from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.provenance import machine, source_digest, versions
 from fedlora_mini.federation import federate
-from fedlora_mini.federation.aggregation import aggregation_error
+from fedlora_mini.federation.aggregation import AggregationError
 from fedlora_mini.federation.exchange import OWN
 from fedlora_mini.federation.loop import Engine, Round
 from fedlora_mini.federation.member import Member
@@ -97,17 +97,17 @@ def rounds(federation: Federation, engine: Engine, asked: Mapping[int, list[int]
     """
     config, server, local = federation.config, federation.server, federation.engine
 
-    def error_of(before: State, after: State, updates: list[Any]) -> float | None:
-        return aggregation_error(federation.model, before, after, updates, local.private)
+    def meter(before: State) -> AggregationError:
+        return AggregationError(federation.model, before, local.private)
 
     def choose(round: int) -> list[int]:
         return asked.get(round) or config.chosen(engine.clients, round)
 
-    args = (local.method, engine, server, local.keys, config.rounds, config.steps, choose, error_of)
-    for each in federation.within_budget(federate(*args, layers=local.setting.layers)):
+    args = (local.method, engine, server, local.keys, config.rounds, config.steps, choose)
+    for each in federation.within_budget(federate(*args, layers=local.setting.layers, meter=meter)):
         if engine is not local and (guard := local.setting.guard) is not None:
             for member in local.members:
-                if member.ledger is not None and member.number in each.clients:
+                if member.ledger is not None and member.number in (each.clients or ()):
                     member.ledger.spend(guard.releases(config.steps))
         yield each
 

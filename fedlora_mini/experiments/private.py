@@ -44,7 +44,8 @@ WIDEN = 2  # further rates, one after another, for an arm whose best is the last
 SEARCH_SEEDS = (SEARCH_SEED,)
 FILTERED = ("none", "low-pass", "permuted", "rescaled")
 AS = "as_lora:warmup=2"
-PLAIN = ("fedit", "ffa", "rolora", "la_lora", AS)
+FIXED = ("fedit", "ffa", "rolora", "la_lora")
+PLAIN = (*FIXED, AS)
 
 
 def filtered(arm: str, kinds: Sequence[str] = FILTERED) -> list[str]:
@@ -70,11 +71,35 @@ class Part:
     times: int = 1  # as many seeds as the other parts, where a run is cheap and an equality is to be shown
 
 
-def _cell(alpha: float, epsilon: float) -> Part:
-    told = {"dirichlet": alpha, "epsilon": epsilon}
-    return Part(f"Dirichlet {alpha:g}, epsilon {epsilon:g}: the arms without filters", PLAIN, told)
+MAIN = (
+    *(arm for name in ("fedit", "la_lora", "rolora", "ffa") for arm in filtered(name)),
+    "fedit:filter=doppler",
+    "la_lora:first=A",
+    "la_lora_pre",
+    AS,
+)
+REST = tuple(arm for name in ("la_lora:first=A", AS) for arm in filtered(name, FILTERED[1:]))
+CELLS: dict[str, dict[str, float]] = {  # beside the one of `main`: Dirichlet 0.1, epsilon 3
+    f"{dealt}{'_' * bool(dealt and budget)}{budget}": {"dirichlet": alpha, "epsilon": epsilon}
+    for dealt, alpha in (("", 0.1), ("d03", 0.3), ("d05", 0.5))
+    for budget, epsilon in (("", 3.0), ("e1", 1.0), ("e8", 8.0))
+    if dealt or budget
+}
 
 
+def _cell(name: str) -> dict[str, Part]:
+    """What `main`, `half` and `rest` are, at another epsilon or another share of labels."""
+    told = CELLS[name]
+    where = f"Dirichlet {told['dirichlet']:g}, epsilon {told['epsilon']:g}"
+    return {
+        name: Part(f"{where}: the arms of main", MAIN, told),
+        f"{name}_half": Part(f"{where}: K/2 steps", tuple(filtered("fedit")), {**told, "steps": STEPS // 2}),
+        f"{name}_rest": Part(f"{where}: the filters on A first and AS-LoRA", REST, told),
+    }
+
+
+FILTERS_OF_TWO = (*filtered("fedit", FILTERED[1:]), *filtered("la_lora", FILTERED[1:]))
+NOISY = (*PLAIN, "la_lora:first=A", *filtered("fedit", FILTERED[1:2]), *filtered("la_lora", FILTERED[1:2]))
 NO_BUDGET = {"epsilon": None, "sigma": 200.0}
 OPEN = {"epsilon": None, "execution": "grouped"}
 UNTRAINED = {"epsilon": None, "rounds": 0}
@@ -86,52 +111,41 @@ PHANTOM |= {"dirichlet": None, "clients": None, "data_options": {"n_sites": 8, "
 NUCLEI: dict[str, Any] = PHANTOM | {"data": "nuclei", "size": 32, "batch": 16}
 NUCLEI |= {"data_options": {"per_site": 200, "val": 40}}
 PARTS: dict[str, Part] = {
-    "main": Part(
-        "Dirichlet 0.1, epsilon 3: every arm that moves K steps a round, by filter",
-        (
-            *(arm for name in ("fedit", "la_lora", "rolora", "ffa") for arm in filtered(name)),
-            "fedit:filter=doppler",
-            "la_lora:first=A",
-            "la_lora_pre",
-            AS,
-        ),
-    ),
+    "main": Part("Dirichlet 0.1, epsilon 3: every arm that moves K steps a round, by filter", MAIN),
     "half": Part(
         "the same with K/2 steps and the noise that so few need", tuple(filtered("fedit")), {"steps": STEPS // 2}
     ),
-    "open": Part("the same without privacy", PLAIN[:4], OPEN),
+    "rest": Part("the filters on the other arms of main", (*REST, *filtered("la_lora_pre", FILTERED[1:]))),
+    "open": Part("the same without privacy", FIXED, OPEN),
     "untrained": Part("the base under a new head", ("fedit",), UNTRAINED, ()),
-    "noise": Part("noise alone: its energy in BA", ("fedit", "la_lora"), {**NO_BUDGET, "lr": 0.01}, (), 4),
+    "noise": Part("noise alone: its energy in BA", NOISY, {**NO_BUDGET, "lr": 0.01}, (), 4),
     "noise_half": Part("the same with K/2 steps", ("fedit",), {**NO_BUDGET, "lr": 0.01, "steps": STEPS // 2}, (), 4),
-    "e1": _cell(0.1, 1.0),
-    "e8": _cell(0.1, 8.0),
-    "d03": _cell(0.3, 3.0),
-    "d05": _cell(0.5, 3.0),
-    "d03_e1": _cell(0.3, 1.0),
-    "d03_e8": _cell(0.3, 8.0),
-    "d05_e1": _cell(0.5, 1.0),
-    "d05_e8": _cell(0.5, 8.0),
-    "rest": Part(
-        "the filters on the other arms of main",
-        tuple(arm for name in ("la_lora:first=A", "la_lora_pre", AS) for arm in filtered(name, FILTERED[1:])),
-    ),
-    "mnist": Part("MNIST in the place of the digits", (*PLAIN, "la_lora:first=A"), MNIST),
+    **{name: part for cell in CELLS for name, part in _cell(cell).items()},
+    **{
+        f"{kind}_{dealt}": Part(f"Dirichlet {alpha:g}: {text}", arms, {**settings, "dirichlet": alpha}, rates)
+        for dealt, alpha in (("d03", 0.3), ("d05", 0.5))
+        for kind, text, arms, settings, rates in (
+            ("open", "the arms without privacy", FIXED, OPEN, RATES),
+            ("untrained", "the base under a new head", ("fedit",), UNTRAINED, ()),
+        )
+    },
+    "mnist": Part("MNIST in the place of the digits", (*PLAIN, "la_lora:first=A", *FILTERS_OF_TWO), MNIST),
     "mnist_half": Part("MNIST with K/2 steps", ("fedit",), {**MNIST, "steps": STEPS // 2}),
-    "mnist_open": Part("MNIST without privacy", ("fedit", "la_lora"), MNIST | OPEN),
+    "mnist_open": Part("MNIST without privacy", FIXED, MNIST | OPEN),
     "mnist_long": Part("MNIST, twice the rounds and the expected batch", PLAIN, MNIST | LONG),
     "mnist_long_open": Part("the same without privacy", ("fedit", "la_lora"), MNIST | LONG | OPEN),
     "mnist_untrained": Part("MNIST: the base under a new head", ("fedit",), MNIST | UNTRAINED, ()),
     "phantom": Part(
-        "segmentation of the phantom at eight sites: schedules, without and with the low-pass filter",
-        tuple(arm for name in ("fedit", "la_lora", "rolora") for arm in filtered(name, FILTERED[:2])),
+        "segmentation of the phantom at eight sites",
+        (*PLAIN, "la_lora:first=A", *FILTERS_OF_TWO, "rolora:filter=low-pass"),
         PHANTOM,
     ),
-    "phantom_open": Part("the phantom without privacy", ("fedit", "la_lora"), PHANTOM | OPEN),
+    "phantom_half": Part("the phantom with K/2 steps", ("fedit",), {**PHANTOM, "steps": STEPS // 2}),
+    "phantom_open": Part("the phantom without privacy", FIXED, PHANTOM | OPEN),
     "phantom_untrained": Part("the phantom: the base under a new head", ("fedit",), PHANTOM | UNTRAINED, ()),
-    "nuclei": Part(
-        "segmentation of nuclei in four domains", ("fedit", "la_lora", "la_lora:filter=low-pass", "rolora"), NUCLEI
-    ),
-    "nuclei_open": Part("the nuclei without privacy", ("fedit", "la_lora"), NUCLEI | OPEN),
+    "nuclei": Part("segmentation of nuclei in four domains", (*PLAIN, "la_lora:first=A", *FILTERS_OF_TWO), NUCLEI),
+    "nuclei_half": Part("the nuclei with K/2 steps", ("fedit",), {**NUCLEI, "steps": STEPS // 2}),
+    "nuclei_open": Part("the nuclei without privacy", FIXED, NUCLEI | OPEN),
     "nuclei_untrained": Part("the nuclei: the base under a new head", ("fedit",), NUCLEI | UNTRAINED, ()),
 }
 

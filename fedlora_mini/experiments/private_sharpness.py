@@ -1,4 +1,4 @@
-"""λ_max of private models at equal training loss: a run that has learnt less is flatter for that reason alone.
+"""λ_max and the factors' coupling, at equal training loss: a run that has learnt less is flatter for that reason alone.
 
 Arms of one seed are trained again, round by round; L* is the lowest training loss that all of them reach, and each is
 looked at in the round whose loss is nearest to it. Factors are balanced first, since (B / c, c A) is the same model.
@@ -6,7 +6,7 @@ All of this reads clients' images without noise: it is a measurement, and no par
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -18,14 +18,17 @@ from fedlora_mini.data.base import Split
 from fedlora_mini.experiments.arms import arm_of
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
+from fedlora_mini.experiments.private import AS
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.experiments.report import Result
 from fedlora_mini.federation.exchange import is_model
 from fedlora_mini.federation.sampling import generator
 from fedlora_mini.losses import task_loss
-from fedlora_mini.metrics import balanced, lambda_max
+from fedlora_mini.metrics import balanced, couplings, lambda_max
+from fedlora_mini.privacy import Seeded
 from fedlora_mini.state import State, clone, pick
 
+LOOKED = ("la_lora", "fedit", "fedit@half", "ffa", "rolora", "la_lora:filter=low-pass", "la_lora:first=A", AS)
 IMAGES = 256  # of all clients' training images, evenly spaced, for the curvature
 
 
@@ -70,6 +73,33 @@ class Traced:
         found = lambda_max(model, state, task_loss, own.images[rows], own.masks[rows], rng, most=20, tolerance=1e-2)
         return {"log_lambda_max": math.log(max(found.value, 1e-12)), "loss": self.losses[round - 1], "round": round}
 
+    def coupling(self, round: int) -> dict[str, float]:
+        """Mean over layers of cos(∇_B A, B ∇_A) after that round: of the exact gradient, and of one private one.
+
+        The private one is a client's, mean over clients, both factors released in one step whatever the arm moves.
+        """
+        model, state, config = self.federation.model, self.states[round - 1], self.federation.config
+        own = self.images
+        leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
+        loss = task_loss(call(model, leaves, own.images), own.masks).mean()
+        exact = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True), strict=True))
+        guard, told = self.federation.engine.setting.guard, {"cos": _mean(couplings(state, exact).values())}
+        if guard is not None:
+            cosines: list[float] = []
+            for k, site in enumerate(self.federation.data.sites):
+                rng, data = generator(config.seed, round, k, "coupling"), site.train
+                drawn = torch.rand(len(data), generator=rng) < guard.mechanism.q
+                batch = data.images[drawn], data.masks[drawn]
+                g = guard.mechanism.gradient(model, state, task_loss, *batch, len(data), Seeded(rng))
+                cosines += couplings(state, g).values()
+            told["cos_released"] = _mean(cosines)
+        return told
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
 
 def compare(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     """One record an arm, all of one seed, in the form of a stored run: the numbers stand under "server"."""
@@ -79,7 +109,7 @@ def compare(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     common = max(min(each.losses) for each in traced)
     records = []
     for each in traced:
-        told = each.sharpness(each.at(common))
+        told = each.sharpness(each.at(common)) | each.coupling(each.at(common))
         records.append(
             {
                 "event": "result",
@@ -95,8 +125,20 @@ def compare(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     return records
 
 
-def study(results: Sequence[Result], arms: Sequence[str] = ("la_lora", "fedit")) -> list[dict[str, Any]]:
-    """The records of these arms of a stored part, seed by seed, each with the rate that its search had found."""
-    found = {(r["config"]["seed"], arm_of(r["config"])): RunConfig(**r["config"]) for r in results}
-    seeds = sorted({seed for seed, _ in found})
-    return [record for seed in seeds for record in compare([found[seed, arm] for arm in arms])]
+def study(parts: Mapping[str, Sequence[Result]], arms: Sequence[str] = LOOKED) -> dict[str, list[dict[str, Any]]]:
+    """Part -> records of these arms, ARM or ARM@PART, else of part main: all arms of a seed at one training loss.
+
+    Each has the rate that its search had found.
+    """
+    named = [(arm, part or "main") for arm, _, part in (text.partition("@") for text in arms)]
+    found = {
+        (part, arm_of(r["config"]), r["config"]["seed"]): RunConfig(**r["config"])
+        for part in {part for _, part in named}
+        for r in parts[part]
+    }
+    out: dict[str, list[dict[str, Any]]] = {part: [] for _, part in named}
+    for seed in sorted({seed for *_, seed in found}):
+        records = compare([found[part, arm, seed] for arm, part in named])
+        for (_, part), record in zip(named, records, strict=True):
+            out[part].append(record)
+    return out

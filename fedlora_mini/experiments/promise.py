@@ -11,7 +11,7 @@ from fedlora_mini.federation.aggregation.private import ClientDP
 from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.row import Method
-from fedlora_mini.privacy import Release, epsilon
+from fedlora_mini.privacy import DPSGD, Release, epsilon
 
 
 def guard_of(config: RunConfig, images: Sequence[int]) -> Guarding | None:
@@ -37,7 +37,8 @@ def with_client_privacy(row: Method, config: RunConfig, clients: int) -> Method:
             f"'{row.title}': privacy of clients is a mean of clipped changes; its rule is another, or it tells more"
         )
     sigma, expected = config.noise(config.fraction, config.rounds), config.fraction * clients
-    return replace(row, rule=ClientDP(sigma, expected, config.clip, config.quantile, 0.2, config.seed, config.secure))
+    drawing, how = (config.seed, config.secure), config.clipping
+    return replace(row, rule=ClientDP(sigma, expected, config.clip, config.quantile, 0.2, *drawing, how))
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,22 @@ class Promise:
 
     def told(self, rounds: int) -> dict[str, Any]:
         """For the record: epsilon, with every number that it depends on; nothing where nothing was asked for."""
-        config, guard = self.config, self.members[0].setting.guard
+        config, rule, guard = self.config, self.method.rule, self.members[0].setting.guard
         if not config.private:
             return {}
+        used: ClientDP | DPSGD
         accounts = self.releases(rounds)
         if guard is None:
-            assert isinstance(self.method.rule, ClientDP)
-            sigma, q, unit = self.method.rule.sigma, config.fraction, "one client more or less"
+            assert isinstance(rule, ClientDP)
+            used, q, unit = rule, config.fraction, "one client more or less"
         else:
-            sigma, q, unit = guard.mechanism.sigma, guard.mechanism.q, "one image more or less at one client"
+            used, q, unit = guard.mechanism, guard.mechanism.q, "one image more or less at one client"
         spent = max(epsilon(account, config.delta, config.accountant) for account in accounts)
-        how = {"clip": config.clip, "clipping": config.clipping, "secure": config.secure}
+        how = {"clip": used.C, "clipping": used.clipping, "secure": config.secure}
         promise = {"delta": config.delta, "accountant": config.accountant, "epsilon": spent}
         counts = [sum(release.times for release in account) for account in accounts]
         return {
-            "privacy": {"sigma": sigma, "q": q, "unit": unit}
+            "privacy": {"sigma": used.sigma, "q": q, "unit": unit}
             | how
             | promise
             | {"releases": counts, "stopped": self.refuses(rounds + 1)}

@@ -1,6 +1,7 @@
 """Results as a table and a figure that a person can read."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,17 @@ def table_of(results: Sequence[Result], arm: str, protocol: str, metric: str = "
     """(seeds, sites) of one arm under one protocol, seeds ascending; no rows if the protocol was not measured.
 
     Under "leakage" a metric of `--leakage`, as its mean over the rounds: one column for the federation, but for
-    "swap_drop", what a site loses with another site's private factors, which has one for each site.
+    "swap_drop", what a site loses with another site's private factors, and "m7", which have one for each site. Runs
+    that were stored before a metric was logged are left out, with a warning.
     """
     rows = sorted((r for r in results if arm_of(r["config"]) == arm), key=lambda r: r["config"]["seed"])
     if protocol == "leakage":
-        values = [_leakage(r["leakage"], metric) for r in rows if "leakage" in r]
+        found = [r["leakage"] for r in rows if "leakage" in r]
+        values = [_leakage(each, metric) for each in found if metric in logged(each)]
+        if len(values) < len(found):
+            known = ", ".join(sorted(set().union(*map(logged, found))))
+            told = f"{len(found) - len(values)} of {len(found)} runs of '{arm}' did not log '{metric}'; logged: {known}"
+            warnings.warn(told, stacklevel=2)
     else:
         values = [[site[metric] for site in r["scores"][protocol].values()] for r in rows if protocol in r["scores"]]
     return np.array(values, dtype=float).reshape(len(values), len(values[0]) if values else 0)
@@ -70,6 +77,12 @@ def metric_of(results: Sequence[Result]) -> str:
     """Which of them the results have."""
     own = next(iter(results[0]["scores"]["personal"].values()))
     return next(name for name in SCORES if name in own)
+
+
+def logged(found: dict[str, Any]) -> set[str]:
+    """The metrics of a run's leakage: those at its end, and those that every round has."""
+    rounds = [set(each) for each in found.get("rounds", [])]
+    return found.keys() - {"rounds"} | (set.intersection(*rounds) if rounds else set())
 
 
 def _leakage(found: dict[str, Any], metric: str) -> list[float]:
@@ -89,7 +102,7 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
         spread = f" ± {own.mean(1).std(ddof=1):.3f}" if len(own) > 1 else ""
         new = table_of(results, method, "new site", metric)
         errors = [last for r in mine for last in r["agg_err"][-1:] if last is not None]
-        sent = [each for r in mine for each in r["bytes_up"]]
+        sent = [each for r in mine for each in r["bytes_up"] if each is not None]
         clients = 1 if METHODS[mine[0]["config"]["method"]].pooled else len(mine[0]["scores"]["personal"])
         rows.append(
             {

@@ -17,8 +17,7 @@ from fedlora_mini.experiments.checkpoint import load_checkpoint, save_checkpoint
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.provenance import machine, versions
-from fedlora_mini.federation.exchange import is_model
-from fedlora_mini.metrics import evaluate, swap_drop
+from fedlora_mini.metrics import evaluate
 from fedlora_mini.state import State
 
 Progress = Callable[[dict[str, Any]], None]
@@ -76,32 +75,31 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
 
 
 def _leakage(federation: Federation, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """M1 to M5 by round, and M6: what a site loses with another site's private factors, on its validation data."""
-    if federation.watch is None:
+    """M1 to M4 by round, M5 of updates and of features, and M6; images are those of validation."""
+    watch, data = federation.watch, federation.data
+    if watch is None:
         return {}
-    engine, data = federation.engine, federation.data
-    out: dict[str, Any] = {"rounds": [r["leakage"] for r in rounds], **federation.watch.final()}
-    privates = [member.own(member.memory) for member in engine.members]
-    if len(privates) > 1 and any(privates):
-        shared = S.pick(federation.server.state, is_model)
 
-        def score(state: State, k: int) -> float:
-            return evaluate(federation.model, state, data.sites[k].val, data.classes, hd95=False).dice
+    def score(state: State, k: int) -> float:
+        return evaluate(federation.model, state, data.sites[k].val, data.classes, hd95=False).dice
 
-        out["swap_drop"] = swap_drop(score, shared, privates).tolist()
-    return {"leakage": out}
+    ends = watch.final() | watch.features([site.val for site in data.sites]) | watch.swapped(score)
+    return {"leakage": {"rounds": [r["leakage"] for r in rounds]} | ends}
 
 
 def _model(federation: Federation, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Under privacy also "server", of the model itself: the log of ||ΔW||_F^2, the mean aggregation error, KB up."""
-    if not federation.config.private:
+    """Under privacy also "server", of the model itself: the log of ||ΔW||_F^2, the mean aggregation error, KB up.
+
+    Where clients are protected, the first alone: it is read off the noised model.
+    """
+    config = federation.config
+    if not config.private:
         return {}
-    errors = [r["agg_err"] for r in rounds if r["agg_err"] is not None]
-    told = {
-        "energy": federation.product(),
-        "agg_err": sum(errors) / len(errors) if errors else 0.0,
-        "kb_up": sum(r["bytes_up"] for r in rounds) / 1e3,
-    }
+    told = {"energy": federation.product()}
+    if config.unit == "image":
+        errors = [r["agg_err"] for r in rounds if r["agg_err"] is not None]
+        told["agg_err"] = sum(errors) / len(errors) if errors else 0.0
+        told["kb_up"] = sum(r["bytes_up"] for r in rounds) / 1e3
     return {"server": {"model": told}}
 
 

@@ -16,7 +16,9 @@ from fedlora_mini.engines import LocalEngine
 from fedlora_mini.federation import Budget, Request, Server, Update, federate, method
 from fedlora_mini.federation.client import moves_at_all
 from fedlora_mini.federation.exchange import is_model, is_note
+from fedlora_mini.federation.member import Member
 from fedlora_mini.models import build
+from fedlora_mini.state import State
 
 SITES = 3
 
@@ -123,12 +125,35 @@ def _plain(pattern: str) -> str:
 
 
 @dataclass
+class Watched(Member):
+    """A client that tells what it begins a round with: `begun`, what it calls its own once it has heard the news."""
+
+    begun: State = field(default_factory=dict)
+
+    def receive(self, request: Request) -> None:
+        super().receive(request)
+        self.begun = own_of(self)
+
+
+def own_of(member: Member) -> State:
+    """Its private tensors, and the notes that its work keeps."""
+    return member.own(member.tensors) | S.pick(member.notes, lambda n: n.startswith(member.setting.method.work.notes))
+
+
+@dataclass
 class Witness:
-    """An engine that looks over another's shoulder: what travelled, and whether it may."""
+    """An engine that looks over another's shoulder: what travelled, and whether it may; what should stay, and did it.
+
+    kept: what every client called its own when its last round ended.
+    """
 
     engine: LocalEngine
     problems: list[str] = field(default_factory=list)
     moved: set[tuple[str, str]] = field(default_factory=set)
+    kept: dict[int, State] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.engine.members = [Watched(m.number, m.data, m.memory, m.setting) for m in self.engine.members]
 
     @property
     def clients(self) -> list[int]:
@@ -149,7 +174,33 @@ class Witness:
             if odd:
                 self.problems.append(f"client {update.client}: '{odd[0]}' travelled and should not")
             self._moved(update, before[update.client] | told[update.client])
+            self._found(update.client, told[update.client])
         return updates
+
+    def end(self) -> None:
+        """Note down what a client should hold of its own and does not, and what was trained and is the same at two."""
+        engine, layers = self.engine, self.engine.setting.layers
+        private = {name: key for name, key in engine.keys.items() if engine.private(name)}
+        trained = {n for n, k in private.items() if (k.region, k.factor) in self.moved and moves_at_all(k, layers)}
+        parts = {"private tensors": trained} if trained else {}
+        for note in engine.method.work.notes:
+            parts[note] = {name for kept in self.kept.values() for name in kept if name.startswith(note)}
+        for words, names in parts.items():
+            held = {client: S.pick(kept, names.__contains__) for client, kept in self.kept.items()}
+            without = [client for client, state in held.items() if not state or len(state) < len(names)]
+            self.problems += [f"client {client} does not keep '{words}'" for client in without]
+            if not without and len({S.digest(state) for state in held.values()}) < len(held):
+                self.problems.append(f"clients keep the same '{words}'")
+
+    def _found(self, client: int, told: State) -> None:
+        """Note down what a client did not find again when this round began; what it was told is another matter."""
+        member = self.engine.members[client]
+        assert isinstance(member, Watched)
+        last, begun = self.kept.get(client, {}), member.begun
+        lost = [n for n, v in last.items() if n not in told and not (n in begun and torch.equal(begun[n], v))]
+        if lost:
+            self.problems.append(f"client {client} has not kept '{lost[0]}' from round to round")
+        self.kept[client] = own_of(member)
 
     def _same(self, verb: str, client: int, expected: set[str], found: set[str]) -> None:
         if expected != found:
@@ -171,10 +222,16 @@ class Checked:
     problems: list[str]
 
 
-def check(name: str, model: str = "minisam", rounds: int = 2, data: Dataset | None = None) -> Checked:
-    """Run the row for two rounds and compare what travelled with what it says."""
+def check(name: str, model: str = "minisam", data: Dataset | None = None) -> Checked:
+    """Run the row for two rounds and compare what travelled and what stayed with what it says.
+
+    One more where clients keep notes: some have none before the second round, and then it is seen that they last.
+    """
     engine, server = setting(name, model, data)
     witness, row = Witness(engine), engine.method
+    if told := row.keeps_nothing(engine.keys, model):
+        witness.problems.append(told)
+    rounds = 3 if row.work.notes else 2
     args = (row, witness, server, engine.keys, rounds, engine.setting.budget.steps, lambda round: engine.clients)
     records = list(federate(*args, layers=engine.setting.layers))
     clients = len(engine.clients)
@@ -185,9 +242,12 @@ def check(name: str, model: str = "minisam", rounds: int = 2, data: Dataset | No
         if moves_at_all(key, layers) and row.schedule.may_move(key, rounds, steps)
     }
     witness.problems += [f"no {factor} of {region} was trained" for region, factor in sorted(said - witness.moved)]
+    witness.end()
     for record in records:
         witness.problems += record.refused
-    up, down = records[-1].bytes_up // clients, records[-1].bytes_down // clients
+    second = records[1]
+    assert second.bytes_up is not None and second.bytes_down is not None  # no row's own rule is silent
+    up, down = second.bytes_up // clients, second.bytes_down // clients
     return Checked(describe(name, engine, up, down), witness.problems)
 
 

@@ -70,7 +70,8 @@ Rule = Callable[[State, Iterable[Update]], State]
 """(the server's tensors of this round, the clients' updates in the order of clients) -> the new ones. Pure.
 
 It may carry attributes: `label`, its words in the method table; `unequal`, whether clients may have other ranks;
-`empty`, whether it has an answer for a round in which nobody was asked; `fresh`, whether factors start anew in every
+`empty`, whether it has an answer for a round in which nobody was asked; `silent`, whether its answer is all that may be
+told of the updates, and `clients`, if so, how many it expects; `fresh`, whether factors start anew in every
 round; `folds`, whether it changes frozen weights; `offer(news, state, client)`, what one client is told instead.
 """
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Guarding:
     """Example-level privacy of a run: every client follows gradients of `mechanism` and keeps a ledger of its own.
 
-    budget: the epsilon that no client may exceed, at delta. secure: noise from the operating system, not the seed.
+    budget: the epsilon that no client may exceed, at delta. secure: noise and coins from the operating system, not the
+    seed.
     """
 
     mechanism: DPSGD
@@ -39,6 +40,10 @@ class Guarding:
     def source(self, generator: torch.Generator) -> Source:
         """Where the noise of one client's round comes from."""
         return Secure() if self.secure else Seeded(generator)
+
+    def coins(self, generator: torch.Generator) -> torch.Generator | None:
+        """What draws one client's batches; None = the operating system."""
+        return None if self.secure else generator
 
     def check(self, method: "Method") -> None:
         """Raise unless everything that leaves a client is made of private gradients."""

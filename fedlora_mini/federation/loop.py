@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from time import perf_counter
 from typing import Protocol
@@ -40,16 +41,25 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Round:
-    """What one round did and cost."""
+    """What one round did and cost. None where it is not told, under privacy.
+
+    Where clients are protected, nothing of what they sent is told but the rule's answer: no loss, no error, nobody
+    refused. Where they were drawn by coins, who was drawn is secret too, and with it the bytes and the seconds.
+    """
 
     round: int
-    clients: list[int]
-    loss: float | None  # None where it is not told, under privacy
-    bytes_up: int
-    bytes_down: int
+    clients: list[int] | None
+    loss: float | None
+    bytes_up: int | None
+    bytes_down: int | None
     agg_err: float | None
-    seconds: float
+    seconds: float | None
     refused: list[str] = field(default_factory=list)
+
+    def without_clients(self, drawn: bool) -> "Round":
+        """What may be told where clients are protected. drawn: by coins, so that it is secret who they were."""
+        told = replace(self, loss=None, agg_err=None, refused=[])
+        return replace(told, clients=None, bytes_up=None, bytes_down=None, seconds=None) if drawn else told
 
 
 @dataclass
@@ -84,7 +94,38 @@ class Desk:
             yield replace(update, state=S.pick(update.state, lambda name: not name.startswith(BANK)))
 
 
+class Meter(Protocol):
+    """Sees a round's usable updates one by one, and then says what the rule has lost of them."""
+
+    def add(self, update: Update) -> None: ...
+
+    def value(self, after: State) -> float | None: ...
+
+
 ErrorOf = Callable[[State, State, list[Update]], float | None]
+"""(the server's state before the round, after it, all usable updates) -> the aggregation error."""
+
+
+@dataclass
+class Held:
+    """The meter of an error that is a function of all updates: it holds them."""
+
+    error: ErrorOf
+    before: State
+    updates: list[Update] = field(default_factory=list)
+
+    def add(self, update: Update) -> None:
+        self.updates.append(update)
+
+    def value(self, after: State) -> float | None:
+        return self.error(self.before, after, self.updates)
+
+
+def passing(updates: Iterable[Update], meter: Meter) -> Iterator[Update]:
+    """The updates as they come, seen by the meter."""
+    for update in updates:
+        meter.add(update)
+        yield update
 
 
 def federate(
@@ -97,14 +138,20 @@ def federate(
     choose: Callable[[int], list[int]],
     agg_err: ErrorOf | None = None,
     layers: Mapping[str, Adapter] | None = None,
+    meter: Callable[[State], Meter] | None = None,
 ) -> Iterator[Round]:
     """Advance `server` in place, one round per iteration, up to `rounds`.
 
     Updates are combined in the order of client ids. One that names, shapes or numbers rule out is refused, reported and
     left out; if no usable update is left the run stops with an error and the server keeps its last good state. They
-    pass one by one, so that a streaming rule holds one state; `agg_err` needs them all. layers: the adapters by path,
-    for rules that fold products into frozen weights.
+    pass one by one, so that a streaming rule holds one state. layers: the adapters by path, for rules that fold
+    products into frozen weights. meter: makes of the server's state what measures a round's aggregation error as
+    updates pass (`AggregationError`); `agg_err`, a function of them all, has them held instead. Under a silent rule an
+    update that cannot be used counts as none and does not stop the run: either would tell of its client.
     """
+    silent = getattr(method.rule, "silent", False)
+    drawn = silent and getattr(method.rule, "clients", 0) < len(engine.clients)
+    meter = partial(Held, agg_err) if agg_err is not None else meter
     while server.round < rounds:
         t = server.round + 1
         started = perf_counter()
@@ -117,27 +164,31 @@ def federate(
         arriving = desk.screen(engine.exchange(requests))
         first = next(arriving, None)
         good: Iterable[Update] = () if first is None else chain([first], arriving)
-        if agg_err is not None or not travels:
-            good = list(good)
+        measured = meter(server.state) if meter is not None and not silent else None
+        good = good if measured is None else passing(good, measured)
         returned: State = {}
-        nobody = not requests and getattr(method.rule, "empty", False)
+        empty = getattr(method.rule, "empty", False) and (not requests or (silent and bool(desk.answered)))
+        nobody = first is None and empty
         if nobody or (first is not None and (travels or method.work.messages)):
             returned = method.rule(before, good)
+        for _ in good:
+            pass  # where nothing travels no rule reads them
         desk.refused += [f"client {client}: no answer" for client in sorted(requests.keys() - desk.answered)]
         if first is None and not nobody:
-            raise FedloraError(f"round {t}: no usable update ({'; '.join(desk.refused)}). A smaller --lr often helps.")
+            why = "nobody answered" if silent else "; ".join(desk.refused)
+            raise FedloraError(f"round {t}: no usable update ({why}). A smaller --lr often helps.")
         products = products_in(returned)
         new = {name: value for name, value in returned.items() if name not in products} | desk.bank
         new |= fold(server.state, products, layers or {})
         after = server.state | new
-        error = agg_err(server.state, after | products, list(good)) if agg_err is not None and not nobody else None
+        error = None if measured is None or nobody else measured.value(after | products)
         server.seen |= dict.fromkeys(desk.answered & requests.keys(), server.round)  # the others may not have heard
         server.changed |= dict.fromkeys(new, t)
         server.ranks |= desk.ranks
         if getattr(method.rule, "fresh", False):
             after |= fresh(after, t + 1, layers or {})
         server.state, server.products, server.round = after, products, t
-        yield Round(
+        record = Round(
             round=t,
             clients=sorted(requests),
             loss=None if nobody or math.isnan(desk.loss) else desk.loss / desk.weight,
@@ -147,6 +198,7 @@ def federate(
             seconds=perf_counter() - started,
             refused=desk.refused,
         )
+        yield record.without_clients(drawn) if silent else record
 
 
 def told(method: Method, server: Server, client: int) -> State:

@@ -72,6 +72,11 @@ class Member:
         """The private part of a state."""
         return S.pick(state, self.setting.private)
 
+    @property
+    def personal_part(self) -> State:
+        """What makes its own model of the server's: private tensors, and the notes that the row's model needs."""
+        return self.own(self.memory) | S.pick(self.notes, lambda n: n.startswith(self.setting.method.personal_notes))
+
     def keep(self, prefix: str, state: State) -> None:
         """Remember a state under `<prefix><name>`; what stood there is forgotten."""
         kept = {name: value for name, value in self.memory.items() if not name.startswith(prefix)}
@@ -92,11 +97,12 @@ class Member:
     def batches(self, round: int, budget: Budget, purpose: str = "batches") -> Batches:
         """Its images for one round: step -> (b, C, *S), (b, *S); drawn by (seed, round, client, purpose).
 
-        Under privacy every step is a Poisson sample, of any size.
+        Under privacy every step is a Poisson sample, of any size; where that is secure, another one at every call.
         """
-        rng, guard, n = generator(self.setting.seed, round, self.number, purpose), self.setting.guard, len(self.data)
+        seeded, guard, n = generator(self.setting.seed, round, self.number, purpose), self.setting.guard, len(self.data)
+        rng = seeded if guard is None else guard.coins(seeded)
         if guard is None:
-            index = batch_indices(n, budget.batch, budget.steps, rng)
+            index = batch_indices(n, budget.batch, budget.steps, seeded)
 
         def draw(step: int) -> tuple[Tensor, Tensor]:
             rows = index[step - 1] if guard is None else poisson(n, guard.mechanism.q, rng)

@@ -84,12 +84,19 @@ METHODS: dict[str, Method] = {
     ),
     # low-rank, personal: which factor stays at the site
     "fedsa": Method("FedSA-LoRA", "lora", factors("A", "A", head=False), reference="guo2025fedsa"),
+    "fedsa_sor": Method("FedSA + SOR", "lora", factors("A", "A", head=False), objective=(SOR(encoder="A"),)),
     "inverse_fedsa": Method("inverse FedSA", "lora", factors("B", "B", head=False)),
+    "inverse_fedsa_sor": Method(
+        "inverse FedSA + SOR", "lora", factors("B", "B", head=False), objective=(SOR(decoder="B"),)
+    ),
     "iat": Method("IAT sharing", "lora", iat_factors, reference="zhao2026iat"),
     "iat_sor": Method("IAT + SOR", "lora", iat_factors, objective=(SOR(),), reference="zhao2026iat"),
     "anti_iat": Method("anti-IAT (control)", "lora", factors("A", "B", head=True)),
     "iat_own_head": Method("IAT, own head", "lora", factors("B", "A", head=False), reference="zhao2026iat"),
     "anti_own_head": Method("anti-IAT, own head", "lora", factors("A", "B", head=False)),
+    "anti_sor": Method(
+        "anti-IAT + SOR, own head", "lora", factors("A", "B", head=False), objective=(SOR(encoder="A", decoder="B"),)
+    ),
     "encoder_local": Method("encoder at the site", "lora", decoder_only),
     "decoder_local": Method("decoder at the site", "lora", encoder_only),
     # low-rank, two branches or a mixture: one that is shared, one that stays
@@ -105,7 +112,9 @@ METHODS: dict[str, Method] = {
     "pfedsam": Method("pFedSAM", "pfedsam", common(), objective=(Distill(),), reference="wang2025pfedsam"),
     # full weights, one model for all
     "fedavg": Method("FedAvg", "full", everything, reference="mcmahan2017fedavg"),
-    "fednova": Method("FedNova", "full", everything, rule=Nova(), reference="wang2020fednova"),
+    "fednova": Method(  # FedAvg at equal steps: for `passes` and SGD
+        "FedNova", "full", everything, rule=Nova(), reference="wang2020fednova"
+    ),
     "harmofl": Method(
         "HarmoFL",
         "full",

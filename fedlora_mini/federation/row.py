@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fedlora_mini.adapters.base import Key
 from fedlora_mini.errors import unknown
 from fedlora_mini.federation.aggregation.mean import mean
 from fedlora_mini.federation.exchange import Rule
@@ -23,12 +24,14 @@ class Work:
     """What a client does in a round, and what it says beside its shared tensors. By default: it trains, and no more.
 
     A note is a tensor whose name holds a "~". messages: patterns (`fnmatch`) of those that it sends, which engines and
-    server check; notes: how the names of those that it keeps begin. A work of its own is never done in one pass.
+    server check; notes: how the names of those that it keeps begin; personal_notes: the same of those among them that
+    `personal` reads, without which a client has lost its model. A work of its own is never done in one pass.
     """
 
     label: str = ""
     messages: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    personal_notes: tuple[str, ...] = ()
 
     @property
     def free(self) -> bool:
@@ -75,6 +78,20 @@ class Method:
         for term in self.objective:
             x = term.images(x, notes)
         return x
+
+    @property
+    def personal_notes(self) -> tuple[str, ...]:
+        """How the names of the notes begin that a client's own model cannot do without."""
+        return (*self.work.personal_notes, *(name for term in self.objective for name in term.reads))
+
+    def keeps_nothing(self, keys: Mapping[str, Key], model: str) -> str:
+        """What to say where something stays at the sites by the row's words, and nothing does of this network."""
+        if not self.shared.needs or not all(map(self.shared, keys.values())):
+            return ""
+        return (
+            f"'{self.title}' shares {self.shared.label}, and of model '{model}' that is everything: nothing would stay "
+            f"at a site; it needs a network that has {self.shared.needs}, such as unet_bn"
+        )
 
     def but(self, **changes: Any) -> "Method":
         """The row with other numbers in its rule, objective and work: `but(lam=0.1)`. Raises if no part has it.

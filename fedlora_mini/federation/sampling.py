@@ -1,11 +1,14 @@
-"""Who takes part, and which images a client sees. Every generator is seeded by (seed, round, client, purpose)."""
+"""Who takes part, and which images a client sees. Every generator is seeded by (seed, round, client, purpose).
+
+Where a draw has to be secret it has no generator (None), and its coins come from the operating system.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fedlora_mini.chance import seeded
+from fedlora_mini.chance import coins, seeded
 from fedlora_mini.errors import FedloraError
 
 
@@ -22,11 +25,15 @@ def participants(clients: Sequence[int], fraction: float, seed: int, round: int)
     return sorted(clients[i] for i in order[:size].tolist())
 
 
-def drawn(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:
-    """A Poisson sample: each with probability `fraction`, by a coin of its own; nobody now and then."""
+def drawn(clients: Sequence[int], fraction: float, seed: int | None, round: int) -> list[int]:
+    """A Poisson sample: each with probability `fraction`, by a coin of its own; nobody now and then.
+
+    seed: None takes the operating system's coins, other ones at every call.
+    """
     _check(fraction)
-    coins = torch.rand(len(clients), generator=generator(seed, round, "participants"), dtype=torch.float64)
-    return sorted(client for client, coin in zip(clients, coins.tolist(), strict=True) if coin < fraction)
+    rng = None if seed is None else generator(seed, round, "participants")
+    chosen = coins(len(clients), fraction, rng).tolist()
+    return sorted(client for client, taken in zip(clients, chosen, strict=True) if taken)
 
 
 def _check(fraction: float) -> None:
@@ -40,10 +47,10 @@ def batch_indices(n: int, batch: int, steps: int, rng: torch.Generator) -> Tenso
     return torch.cat([torch.randperm(n, generator=rng) for _ in range(passes)])[: batch * steps].view(steps, batch)
 
 
-def flips(images: Tensor, masks: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def flips(images: Tensor, masks: Tensor, rng: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Mirror the whole batch along each spatial axis with probability 1/2 per sample."""
     for axis in range(1, masks.dim()):
-        chosen = (torch.rand(len(masks), generator=rng) < 0.5).to(masks.device)
+        chosen = coins(len(masks), 0.5, rng, torch.float32).to(masks.device)
         where = chosen.view(-1, *(1,) * (masks.dim() - 1))
         images = torch.where(where.unsqueeze(1), images.flip(axis + 1), images)
         masks = torch.where(where, masks.flip(axis), masks)

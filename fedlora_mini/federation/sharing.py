@@ -8,10 +8,14 @@ from fedlora_mini.adapters.base import Key
 
 @dataclass(frozen=True)
 class Sharing:
-    """A predicate on one trained tensor, with the words that the method table prints."""
+    """A predicate on one trained tensor, with the words that the method table prints.
+
+    needs: what a network must have so that something stays; empty where every network has it, or nothing should stay.
+    """
 
     label: str
     test: Callable[[Key], bool]
+    needs: str = ""
 
     def __call__(self, key: Key) -> bool:
         return self.test(key)
@@ -19,8 +23,7 @@ class Sharing:
 
 nothing = Sharing("nothing", lambda key: False)
 everything = Sharing("everything", lambda key: True)
-all_but_norms = Sharing("all but norms", lambda key: key.kind != "norm")
-
+all_but_norms = Sharing("all but norms", lambda key: key.kind != "norm", "norms with weights or statistics")
 all_but_head = Sharing("all but the head", lambda key: key.region != "head")
 encoder_only = Sharing("the encoder", lambda key: key.region == "encoder")
 decoder_only = Sharing("the decoder and head", lambda key: key.region != "encoder")

@@ -46,25 +46,32 @@ def changes(start: State, end: State, shared: Mapping[str, str]) -> dict[str, tu
 # ---------------------------------------------------------------- M1: coupling through the private factor
 
 
-def shared_gradients(
-    model: nn.Module, state: State, average: State, shared: Mapping[str, str], x: Tensor, y: Tensor
-) -> tuple[State, State]:
-    """s G Aᵀ and s G Āᵀ of one site (s BᵀG and s B̄ᵀG where A travels), from one backward pass: G is never formed.
+def gradients_through(
+    model: nn.Module, state: State, others: Sequence[State], shared: Mapping[str, str], x: Tensor, y: Tensor
+) -> list[State]:
+    """s G Aᵀ of one site, and s G A'ᵀ for each A' of `others` (s BᵀG, s B'ᵀG where A travels): G is never formed.
 
-    The average private factor is put below the site's own, zeros beside the shared one: [B 0] [A; Ā] = B A, so the
-    network is the site's own, and the gradient of [B 0] is s G [A; Ā]ᵀ. `average` holds the private factors' means.
+    One backward pass: the others' private factors stand below the site's own, zeros beside the shared one, so that the
+    network is the site's own, [B 0 …] [A; A'; …] = B A, and the gradient of [B 0 …] is s G [A; A'; …]ᵀ.
     """
     axes = {f"{path}.{factor}": 1 if factor == "B" else 0 for path, factor in shared.items()}  # of r in (m, r), (r, n)
     seen = dict(state)
     for name, axis in axes.items():
-        other = name[:-1] + ("A" if axis else "B")
-        own = state[name].detach()
-        seen[name] = torch.cat([own, torch.zeros_like(own)], axis).requires_grad_()
-        seen[other] = torch.cat([state[other], average[other]], 1 - axis)
+        private, own = name[:-1] + ("A" if axis else "B"), state[name].detach()
+        seen[name] = torch.cat([own] + [torch.zeros_like(own)] * len(others), axis).requires_grad_()
+        seen[private] = torch.cat([state[private], *(other[private] for other in others)], 1 - axis)
     loss = segmentation_loss(call(model, seen, x), y).mean()
-    gradients = torch.autograd.grad(loss, [seen[name] for name in axes])
-    halves = {name: g.chunk(2, axes[name]) for name, g in zip(axes, gradients, strict=True)}
-    return {name: half[0] for name, half in halves.items()}, {name: half[1] for name, half in halves.items()}
+    gradients = dict(zip(axes, torch.autograd.grad(loss, [seen[name] for name in axes]), strict=True))
+    parts = {name: g.chunk(1 + len(others), axes[name]) for name, g in gradients.items()}
+    return [{name: of[k] for name, of in parts.items()} for k in range(1 + len(others))]
+
+
+def shared_gradients(
+    model: nn.Module, state: State, average: State, shared: Mapping[str, str], x: Tensor, y: Tensor
+) -> tuple[State, State]:
+    """s G Aᵀ and s G Āᵀ of one site. `average` holds the private factors' means."""
+    own, at_average = gradients_through(model, state, [average], shared, x, y)
+    return own, at_average
 
 
 def leak_energy(own: Sequence[State], at_average: Sequence[State], weights: Sequence[float]) -> float:
@@ -77,6 +84,17 @@ def leak_energy(own: Sequence[State], at_average: Sequence[State], weights: Sequ
     common = S.mean(at_average, weights)
     leaked = _square(S.sub(S.mean(own, weights), common))
     return _share(leaked, leaked + _square(common))
+
+
+def energy_null(pushes: Sequence[Sequence[State]], at_average: Sequence[State], weights: Sequence[float]) -> float:
+    """M1 with other sites' private factors in the place of a site's own: pushes[k][j] = s G_k A_jᵀ.
+
+    The mean over the K - 1 cyclic shifts of the factors among the sites. What M1 has above it is due to a gradient and
+    the private factor of one and the same site; what is below comes of unequal factors alone.
+    """
+    K = len(pushes)
+    dealt = [[pushes[k][(k + shift) % K] for k in range(K)] for shift in range(1, K)]
+    return sum(leak_energy(own, at_average, weights) for own in dealt) / max(1, len(dealt))
 
 
 def site_spread(updates: Sequence[State], weights: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""What leakage lets one do: tell a site from its shared update (M5), lose by another site's private factors (M6)."""
+"""What leakage lets one do: tell a site from its shared update or from features (M5), lose by a swap (M6)."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,17 +14,19 @@ def flat(updates: Sequence[Sequence[State]]) -> Tensor:
     return torch.stack([torch.stack([torch.cat([t.flatten() for t in s.values()]) for s in row]) for row in updates])
 
 
-def site_probe(updates: Tensor, folds: int = 5, components: int = 16, ridge: float = 1e-3) -> float:
+def site_probe(
+    updates: Tensor, folds: int = 5, components: int = 16, ridge: float = 1e-3, centre: bool = True
+) -> float:
     """M5: accuracy of a linear probe that tells which site made a shared update. By chance 1 / K: `site_probe_null`.
 
     updates: (T, K, d), one a round and site, of which the round's mean is taken off: what all sites do is no mark.
     Every fold leaves out T / folds consecutive rounds, since neighbouring ones resemble each other; a ridge regression
     of the sites' indicators on the principal components of the others' updates, `ridge` in units of the largest
-    variance.
+    variance. With `centre=False` the rows have nothing in common: features of T images of every site, M5 (b).
     """
     T, K, _ = updates.shape
     sites = torch.arange(K).expand(1, T, K)
-    return float(_accuracy(_smoothers(updates, folds, components, ridge), sites))
+    return float(_accuracy(_smoothers(updates, folds, components, ridge, centre), sites))
 
 
 def site_probe_null(
@@ -34,19 +36,24 @@ def site_probe_null(
     folds: int = 5,
     components: int = 16,
     ridge: float = 1e-3,
+    centre: bool = True,
 ) -> Tensor:
     """The same with the sites' names shuffled within every round: (draws,) accuracies, in the mean exactly 1 / K."""
     T, K, _ = updates.shape
     sites = torch.rand(draws, T, K, generator=generator).argsort(-1)
-    return _accuracy(_smoothers(updates, folds, components, ridge), sites)
+    return _accuracy(_smoothers(updates, folds, components, ridge, centre), sites)
 
 
-def _smoothers(updates: Tensor, folds: int, components: int, ridge: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _smoothers(
+    updates: Tensor, folds: int, components: int, ridge: float, centre: bool
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """(rounds left out, rounds trained on, H) of every fold; H: (n_test, n_train) maps indicators to predictions."""
     T, _, d = updates.shape
     if not 2 <= folds <= T:
         raise FedloraError(f"folds must be between 2 and the number of rounds, {T}, got {folds}")
-    updates, out = updates.double() - updates.double().mean(1, keepdim=True), []
+    updates, out = updates.double(), []
+    if centre:
+        updates = updates - updates.mean(1, keepdim=True)
     for test in torch.arange(T).tensor_split(folds):
         train = torch.tensor([t for t in range(T) if t not in test])
         X, Z = (updates[rounds].reshape(-1, d) for rounds in (train, test))  # (n_train, d), (n_test, d)

@@ -40,8 +40,8 @@ def _monai(network: str, dims: int, **defaults: Any) -> Callable[..., nn.Module]
     return build
 
 
-def _unet(dims: int) -> Callable[..., nn.Module]:
-    return _monai("UNet", dims, features=(16, 32, 64), strides=(2, 2), num_res_units=2)
+def _unet(dims: int, **more: Any) -> Callable[..., nn.Module]:
+    return _monai("UNet", dims, features=(16, 32, 64), strides=(2, 2), num_res_units=2, **more)
 
 
 def _attention_unet(dims: int) -> Callable[..., nn.Module]:
@@ -69,8 +69,9 @@ _OWN = ((r"encoder", "encoder"), (r"decoder", "decoder"), (r"head", "head"))
 
 MODELS: dict[str, Entry] = {
     "minisam": Entry(MiniSAM, _OWN, 2, 4, 16, "ViT encoder + convolutional decoder; ships with pre-trained weights"),
-    "unet": Entry(_unet(2), _UNET, 2, 4, 16, "MONAI UNet with residual units"),
+    "unet": Entry(_unet(2), _UNET, 2, 4, 16, "MONAI UNet with residual units; its norms have nothing to train"),
     "unet3d": Entry(_unet(3), _UNET, 3, 4, 16, "the same in 3D"),
+    "unet_bn": Entry(_unet(2, norm="batch"), _UNET, 2, 4, 16, "MONAI UNet with batch norms, which FedBN keeps"),
     "attention_unet": Entry(_attention_unet(2), _ATTENTION, 2, 4, 16, "MONAI AttentionUnet"),
     "attention_unet3d": Entry(_attention_unet(3), _ATTENTION, 3, 4, 16, "the same in 3D"),
     "unetr": Entry(_unetr(2), _TRANSFORMER, 2, 16, 32, "MONAI UNETR: ViT encoder; built for one image size"),

@@ -114,13 +114,22 @@ class GuardedGroup:
     def gradient(
         self, model: nn.Module, state: Mapping[str, Tensor], loss: Loss, x: Tensor, y: Tensor, moves: Collection[str]
     ) -> State:
-        """ĝ of this step for every client, (K, …) each; so is the state. All images' gradients are held at once."""
-        owner = torch.arange(len(self.members)).repeat_interleave(torch.tensor(self.sizes)).to(x.device)
-        gradients, _ = per_sample_gradients(model, state, loss, x, y, moves, owner)
-        parts = {name: g.split(self.sizes) for name, g in gradients.items()}
+        """ĝ of this step for every client, (K, …) each; so is the state. At most `micro` images' gradients are held."""
+        K, micro = len(self.members), min(each.mechanism.micro for each in self.members)
+        owner = torch.arange(K).repeat_interleave(torch.tensor(self.sizes))  # (N,), client by client
+        totals: dict[int, State] = {}
+        for begin in range(0, max(len(x), 1), micro):
+            part = slice(begin, begin + micro)
+            mine = owner[part].to(x.device)
+            gradients, _ = per_sample_gradients(model, state, loss, x[part], y[part], moves, mine)
+            sizes = torch.bincount(owner[part], minlength=K).tolist()
+            parts = {name: g.split(sizes) for name, g in gradients.items()}
+            for k in (k for k in range(K) if begin == 0 or sizes[k]):
+                own = self.members[k].mechanism
+                clipped = clip_sum({name: rows[k] for name, rows in parts.items()}, own.C, own.clipping)
+                totals[k] = S.add(totals[k], clipped) if k in totals else clipped
         out = []
         for k, each in enumerate(self.members):
             own = each.mechanism
-            total = clip_sum({name: part[k] for name, part in parts.items()}, own.C, own.clipping)
-            out.append(S.scale(add_noise(total, own.noise_std, each.source), 1 / (own.q * each.n)))
+            out.append(S.scale(add_noise(totals[k], own.noise_std, each.source), 1 / (own.q * each.n)))
         return S.stack(out)

@@ -1,11 +1,11 @@
 """N(0, std^2) on every entry: the only step of a mechanism that makes it private.
 
-A seeded generator is for experiments, which must be made again: whoever knows the seed can subtract the noise. For real
-records use `Secure`, whose bits come from the operating system.
+A seeded generator is for experiments, which must be made again: whoever knows the seed can subtract the noise, and toss
+the coins again that say who was drawn. For real records both must be secret: `Secure` takes noise from the operating
+system, and samples that are given no generator take their coins from there (`RunConfig.secure` does both).
 """
 
 import math
-import secrets
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedlora_mini.chance import unpredictable
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.state import State
 
@@ -49,8 +50,7 @@ class Secure:
         count = math.prod(shape)
         total = np.zeros(count)
         for _ in range(self.parts):
-            bits = np.frombuffer(secrets.token_bytes(16 * count), np.uint64).reshape(2, count)
-            u, v = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53  # in [0, 1)
+            u, v = unpredictable(2 * count).reshape(2, count)
             total += np.sqrt(-2 * np.log1p(-u)) * np.cos(2 * np.pi * v)  # Box and Muller
         return torch.from_numpy(total / math.sqrt(self.parts)).view(shape).to(dtype)
 

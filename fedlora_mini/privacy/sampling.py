@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fedlora_mini.chance import coins
 from fedlora_mini.errors import FedloraError
 
 
@@ -13,8 +14,11 @@ def rate(batch: int, n: int) -> float:
     return batch / n
 
 
-def poisson(n: int, q: float, generator: torch.Generator) -> Tensor:
-    """The indices of a Poisson sample of n records, in order; none now and then, that is no error."""
+def poisson(n: int, q: float, generator: torch.Generator | None) -> Tensor:
+    """The indices of a Poisson sample of n records, in order; none now and then, that is no error.
+
+    generator: None takes the operating system's coins, which nobody can make again.
+    """
     if not 0 <= q <= 1:
         raise FedloraError(f"the sampling rate q must be in [0, 1], got {q}")
-    return torch.nonzero(torch.rand(n, generator=generator, dtype=torch.float64) < q).flatten()
+    return torch.nonzero(coins(n, q, generator)).flatten()

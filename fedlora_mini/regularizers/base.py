@@ -60,6 +60,7 @@ class Regularizer:
     label: str = ""
     grouped: bool = True  # whether it may be used while clients train along the group axis
     features: bool = False  # whether it reads `context.z`
+    reads: tuple[str, ...] = ()  # notes without which `images` is not the one that the client trained with
     free: bool = False  # whether it reads no image, only the released gradient and the state: costs no privacy
 
     def batch(self, x: Tensor, y: Tensor, context: Context) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ class Harmonised(Regularizer):
 
     ratio: float = 0.05
 
+    reads = ("~amplitude",)
+
     @property
     def label(self) -> str:  # type: ignore[override]
         return f"mean amplitude, window {self.ratio:g}"

@@ -9,6 +9,7 @@ from fedlora_mini.experiments import claims
 from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.claims import CLAIMS, Claim, judge, verdicts
 from fedlora_mini.experiments.fewshot.arms import arm
+from fedlora_mini.experiments.report import read_results, table_of
 from fedlora_mini.experiments.stats import paired_difference
 from fedlora_mini.federation import METHODS
 
@@ -52,6 +53,15 @@ def test_every_claim_names_methods_and_a_protocol_that_exist():
                 assert f"{file}.jsonl" in claim.files, key
             assert claim.protocol in ("personal", "global", "new site", "leakage", "work", "server"), key
         assert claim.text.endswith(".") and claim.matched and claim.results.endswith(".jsonl"), key
+
+
+def test_a_fall_to_zero_would_win_every_claim_that_something_falls():
+    """A margin as large as the metric makes a claim that nothing can support."""
+    falling = {key: claim for key, claim in CLAIMS.items() if claim.protocol == "leakage" and claim.sign < 0}
+    assert {"sor-lowers-m2", "sor-lowers-m3", "sor-lowers-m7", "sor-lowers-probe"} <= falling.keys()
+    for key, claim in falling.items():
+        stored = read_results([claims.results_folder() / claim.results])
+        assert claim.margin < 0.2 * table_of(stored, claim.b, "leakage", claim.metric).mean(), key
 
 
 def result(method, seed, dice):

@@ -3,8 +3,12 @@ import json
 import pytest
 import torch
 
+from fedlora_mini.data import DATASETS
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.experiments.compare import SEARCH_SEED, Comparison
+from fedlora_mini.experiments import compare
+from fedlora_mini.experiments.compare import SEARCH_ON, SEARCH_SEED, Comparison, search_seeds
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import dataset_of
 from fedlora_mini.experiments.report import difference_table, figure, read_results, summary, write_report
 
 TINY = {"sites": "2", "size": 32, "rounds": 2, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
@@ -65,6 +69,49 @@ def test_the_search_for_a_rate_never_touches_a_reported_seed(tmp_path):
     best = max(searched, key=lambda r: r["val_dice"])
     assert [r["config"]["lr"] for r in results] == [best["config"]["lr"]]
     assert [r["config"]["seed"] for r in results] == [0]
+    tried = {f"{r['config']['lr']:g}": r["val_dice"] for r in searched}
+    assert results[0]["search"] == {"seeds": [SEARCH_SEED], "tried": tried}
+
+
+# Real images, of which every seed draws another split.
+REAL = {"data": "digits", "model": "vit", "size": 12, "dirichlet": 0.5, "clients": 2, "data_options": {"test": 300}}
+REAL |= {"rounds": 1, "steps": 1, "batch": 2, "rank": 2, "threads": 1}
+
+
+def images_of(parts):
+    return {image.numpy().tobytes() for split in parts for image in split.images}
+
+
+@pytest.mark.parametrize("on", [None, *SEARCH_ON])
+def test_on_real_images_no_test_image_of_a_seed_has_a_part_in_its_search_unless_another_seed_is_asked_for(
+    on, tmp_path, monkeypatch
+):
+    seen = {}  # seed -> all that its runs train on and validate with
+    whole = compare.run
+
+    def watched(config, folder, progress, data):
+        seen[config.seed] = images_of(part for site in data().sites for part in (site.train, site.val))
+        return whole(config, folder, progress, data)
+
+    monkeypatch.setattr(compare, "run", watched)
+    study = Comparison(["fedit"], [0, 1], REAL, tmp_path, [1e-3, 1e-1], search_seeds=SEARCH_ON[on] if on else None)
+    results = study.run()
+    for r in results:
+        seed, told = r["config"]["seed"], r["search"]
+        tests = images_of(site.test for site in dataset_of(RunConfig(**r["config"])).sites)
+        assert len(tests) == 300
+        shared = {other: len(tests & seen[other]) for other in told["seeds"]}
+        assert shared == {seed: 0} if on != "other-seed" else shared[SEARCH_SEED] > 0
+        assert told["tried"].keys() == {"0.001", "0.1"}
+        assert f"{r['config']['lr']:g}" == max(sorted(told["tried"]), key=lambda rate: told["tried"][rate])
+    assert sorted(seen) == ([0, 1, SEARCH_SEED] if on == "other-seed" else [0, 1])
+    if on != "other-seed":
+        assert len(list(tmp_path.glob("fedit-*"))) == 2 * 2, "the best run of a search is the reported one"
+
+
+def test_a_search_is_on_another_seed_only_where_sites_are_simulated():
+    assert {name for name in DATASETS if search_seeds(name)} == {"phantom", "brain"}
+    assert search_seeds("path/to/hospitals") == ()
 
 
 def test_a_method_named_twice_is_refused(tmp_path):

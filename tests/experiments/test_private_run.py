@@ -1,10 +1,12 @@
 """`fedlora run --epsilon …`: the figure in the record, the run that stops, the ledger that survives a kill."""
 
 import json
+import math
 
 import pytest
 
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments import federation as federations
 from fedlora_mini.experiments import run as runs
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
@@ -104,6 +106,77 @@ def test_clients_can_be_what_is_protected(tmp_path):
     assert run(own, tmp_path / "again")["final_sha256"] == whole["final_sha256"]
 
 
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_the_record_tells_nothing_of_a_client_that_is_protected(tmp_path, fraction):
+    """Neither on disk nor on the screen; who takes part and what it costs only where everybody does."""
+    shown = []
+    result = run(config(unit="client", fraction=fraction, clip=0.1), tmp_path, shown.append)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert shown == [record for record in logged if record["event"] == "round"]
+    for record in shown:
+        assert record["loss"] is None and record["agg_err"] is None and record["refused"] == []
+        told = [record[name] for name in ("clients", "bytes_up", "bytes_down", "seconds")]
+        assert None not in told if fraction == 1 else told == [None] * 4
+    assert result["loss"] == result["agg_err"] == [None] * 3 and result["refused"] == []
+    assert result["scores"]["server"]["model"].keys() == {"energy"}, "of the noised model"
+    row = summary([result]).loc["FedIT"]
+    assert row["agg. error"] == "–" and (row["KB up / client / round"] == "–") == (fraction < 1)
+
+
+def test_private_images_leave_the_error_of_updates_that_are_noised_already(tmp_path, monkeypatch):
+    """Their updates, with noise and without: the error that is told follows from the former."""
+    seen = []
+
+    class Watched(federations.AggregationError):
+        def add(self, update):
+            assert math.isnan(update.loss)
+            super().add(update)
+
+        def value(self, after):
+            seen.append(super().value(after))
+            return seen[-1]
+
+    monkeypatch.setattr(federations, "AggregationError", Watched)
+    assert run(config(), tmp_path)["agg_err"] == seen and len(seen) == 3
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_secure_run_draws_other_clients_every_time(secure):
+    own = config(unit="client", fraction=0.5, secure=secure)
+    first, again = ([own.chosen([*range(20)], t) for t in range(1, 11)] for _ in range(2))
+    assert (first == again) == (not secure)
+    everybody = config(fraction=0.5, secure=secure)  # images protected: participants are no part of the account
+    assert everybody.chosen([0, 1, 2, 3], 1) == everybody.but(secure=False).chosen([0, 1, 2, 3], 1)
+
+
+@pytest.mark.parametrize("unit", ["image", "client"])
+def test_a_killed_secure_run_goes_on_with_its_account_and_other_numbers(tmp_path, monkeypatch, unit):
+    whole = run(config(secure=True, unit=unit), tmp_path / "whole")
+    assert whole["final_sha256"] != run(config(secure=True, unit=unit), tmp_path / "again")["final_sha256"]
+    save, saved = runs.save_checkpoint, []
+
+    def kill(*args):
+        save(*args)
+        saved.append(args)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "save_checkpoint", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(secure=True, unit=unit), tmp_path / "killed")
+    monkeypatch.setattr(runs, "save_checkpoint", save)
+    assert run(config(secure=True, unit=unit), tmp_path / "killed")["privacy"] == whole["privacy"]
+
+
+@pytest.mark.parametrize("clipping", ["flat", "per-layer", "normalised"])
+def test_clients_are_clipped_as_the_record_says(tmp_path, clipping):
+    own = config(unit="client", clipping=clipping, clip=0.1, rounds=1)
+    rule = Federation.build(own).engine.method.rule
+    assert rule.clipping == clipping
+    told = run(own, tmp_path)["privacy"]
+    assert (told["clip"], told["clipping"]) == (0.1, clipping)
+
+
 def test_clients_budgets_end_a_run_too(tmp_path):
     two = epsilon([Release(1.0, 1.0, 2)], 1e-5, "rdp")
     told = run(config(unit="client", sigma=1.0, epsilon=1.001 * two), tmp_path)["privacy"]
@@ -122,6 +195,8 @@ def test_clients_budgets_end_a_run_too(tmp_path):
         ({"passes": 1.0}, "leave out 'passes'"),
         ({"method": "moon"}, "'MOON'"),
         ({"unit": "patient"}, "unknown unit of privacy 'patient'"),
+        ({"leakage": True}, "leakage .* without noise"),
+        ({"leakage": True, "epsilon": None, "sigma": 1.0, "unit": "client"}, "leakage .* without noise"),
         ({"change": {"filter": "lowpass"}}, "unknown filter 'lowpass'.*Did you mean 'low-pass'"),
     ],
 )

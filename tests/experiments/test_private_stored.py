@@ -6,14 +6,16 @@ import pytest
 
 from fedlora_mini.experiments.arms import arm_of
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.private import COMMON, PARTS, curves, edges, table
+from fedlora_mini.experiments.private import AS, COMMON, PARTS, STEPS, curves, edges, filtered, table
+from fedlora_mini.experiments.private_sharpness import LOOKED
 from fedlora_mini.experiments.report import arms, read_results, table_of
 from fedlora_mini.experiments.run import run
 from fedlora_mini.privacy import Release, epsilon
 
 RESULTS = Path(__file__).parents[2] / "results"
 FILES = {path.stem.removeprefix("private_"): path for path in sorted(RESULTS.glob("private_*.jsonl"))}
-RATES, SHARPNESS = FILES.pop("rates", None), FILES.pop("sharpness", None)
+RATES, SHARPNESS, SHARPNESS_HALF = (FILES.pop(name) for name in ("rates", "sharpness", "sharpness_half"))
+CELLS = {(alpha, epsilon) for alpha in (0.1, 0.3, 0.5) for epsilon in (1.0, 3.0, 8.0)}
 BUDGET = (
     "epsilon",
     "delta",
@@ -35,18 +37,32 @@ def stored():
     return {part: read_results([path]) for part, path in FILES.items()}
 
 
-def test_the_parts_that_claims_read_are_stored():
-    assert {"main", "half", "noise", "noise_half", "untrained"} <= FILES.keys() <= PARTS.keys()
-    assert RATES is not None
+def test_every_arm_of_every_part_is_stored(stored):
+    assert FILES.keys() == PARTS.keys()
+    assert all(set(arms(results)) == set(PARTS[part].arms) for part, results in stored.items())
+
+
+def test_every_cell_of_the_digits_has_every_schedule_without_and_with_every_filter(stored):
+    """card 5.8: schedules times filters, at each epsilon and each share of labels, with their references."""
+    found: dict[tuple[float, float | None], set[tuple[str, int]]] = {}
+    for r in (r for results in stored.values() for r in results):
+        own = r["config"]
+        if own["data"] == "digits" and own["rounds"] == 10:
+            found.setdefault((own["dirichlet"], own["epsilon"]), set()).add((arm_of(own), own["steps"]))
+    for alpha, budget in CELLS:
+        own = found[alpha, budget]
+        for name in ("fedit", "ffa", "rolora", "la_lora", "la_lora:first=A", AS):
+            assert {(arm, STEPS) for arm in filtered(name)} <= own, (alpha, budget, name)
+        assert {(arm, STEPS // 2) for arm in filtered("fedit")} | {("fedit:filter=doppler", STEPS)} <= own
+        assert {(name, STEPS) for name in ("fedit", "ffa", "rolora", "la_lora")} <= found[alpha, None]
 
 
 @pytest.mark.parametrize("part", FILES)
 def test_arms_are_paired_at_one_budget_and_say_what_made_them(stored, part):
     results, wanted = stored[part], COMMON | PARTS[part].settings
-    assert set(arms(results)) <= set(PARTS[part].arms)
     metric = "dice" if wanted["model"] == "minisam" else "accuracy"
     assert len({table_of(results, arm, "global", metric).shape for arm in arms(results)}) == 1
-    assert {r["config"]["seed"] for r in results} in (set(range(n * PARTS[part].times)) for n in (5, 8))
+    assert {r["config"]["seed"] for r in results} == set(range(8 * PARTS[part].times))
     for r in results:
         assert {"config", "versions", "machine", "scores", "final_sha256", "seconds"} <= r.keys() and not r["refused"]
         assert r["config"].items() <= RunConfig(**r["config"]).asdict().items()
@@ -100,10 +116,10 @@ def test_a_stored_run_made_again_gives_the_same_numbers(stored, arm, tmp_path):
     )
 
 
-@pytest.mark.skipif(SHARPNESS is None, reason="the sharpness of stored runs is not stored")
 def test_sharpness_is_stored_at_one_loss_a_seed():
-    records = read_results([SHARPNESS])
-    assert len(records) == 16 and set(arms(records)) == {"la_lora", "fedit"}
+    whole, half = read_results([SHARPNESS]), read_results([SHARPNESS_HALF])
+    assert set(arms(whole)) == {arm for arm in LOOKED if "@" not in arm} and arms(half) == ["fedit"]
     for seed in range(8):
-        own = [r["scores"]["server"]["model"] for r in records if r["config"]["seed"] == seed]
-        assert own[0]["common_loss"] == own[1]["common_loss"]
+        own = [r["scores"]["server"]["model"] for r in whole + half if r["config"]["seed"] == seed]
+        assert len(own) == len(LOOKED) and len({each["common_loss"] for each in own}) == 1
+        assert all(-1 <= each["cos_released"] <= 1 and each["cos"] >= -1e-6 for each in own)

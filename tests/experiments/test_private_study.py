@@ -34,15 +34,21 @@ def test_arms_are_written_as_stored_runs_are_named(arm):
 
 
 def test_every_comparison_of_the_specification_is_there():
-    main_arms = set(PARTS["main"].arms) | set(PARTS["rest"].arms)
-    for arm in ("fedit", "ffa", "rolora", "la_lora", "la_lora:first=A", "la_lora_pre", private.AS):
-        assert set(private.filtered(arm)) <= main_arms
-    assert set(private.filtered("fedit")) == set(PARTS["half"].arms) and "fedit:filter=doppler" in main_arms
-    digits = [told for part in PARTS.values() if (told := COMMON | part.settings)["data"] == "digits"]
-    cells = {(told["dirichlet"], told["epsilon"]) for told in digits if told["epsilon"]}
-    assert cells == {(alpha, budget) for alpha in (0.1, 0.3, 0.5) for budget in (1.0, 3.0, 8.0)}
-    assert set(PARTS["mnist"].arms) >= {"fedit", "ffa", "rolora", "la_lora", "la_lora:first=A", private.AS}
-    assert set(PARTS["phantom"].arms) >= set(private.filtered("la_lora", ("none", "low-pass")))
+    """Schedules times filters at every epsilon and share of labels; what test_private_stored.py asks of the files."""
+    schedules = ("fedit", "ffa", "rolora", "la_lora", "la_lora:first=A", private.AS)
+    for cell in ("", *private.CELLS):
+        own = [PARTS[f"{cell}_{name}" if cell else name] for name in ("half", "rest")]
+        arms = set(PARTS[cell or "main"].arms) | set(own[1].arms)
+        assert {arm for name in schedules for arm in private.filtered(name)} | {"fedit:filter=doppler"} <= arms
+        assert set(private.filtered("fedit")) == set(own[0].arms) and own[0].settings["steps"] == private.STEPS // 2
+    cells = {(told["dirichlet"], told["epsilon"]) for told in (COMMON | each for each in private.CELLS.values())}
+    assert cells | {(0.1, 3.0)} == {(alpha, budget) for alpha in (0.1, 0.3, 0.5) for budget in (1.0, 3.0, 8.0)}
+    for where in ("mnist", "phantom", "nuclei"):
+        assert set(PARTS[where].arms) >= {*schedules} | {
+            *private.filtered("fedit"),
+            *private.filtered("la_lora"),
+        }
+        assert PARTS[f"{where}_half"].arms == ("fedit",) and set(PARTS[f"{where}_open"].arms) == set(private.FIXED)
 
 
 def test_claims_on_private_runs_name_arms_of_the_study():
@@ -60,6 +66,7 @@ def ran(tmp_path_factory):
     return study(folder, ["main"], rates=(0.3,)).run()["main"]
 
 
+@pytest.mark.slow
 def test_every_arm_runs_and_prints_what_epsilon_depends_on(ran):
     assert [arm_of(r["config"]) for r in ran] == list(PARTS["main"].arms)
     for r in ran:
@@ -73,6 +80,7 @@ def test_every_arm_runs_and_prints_what_epsilon_depends_on(ran):
     assert "AS-LoRA (warmup=2)" in shown.index and len(shown) == len(PARTS["main"].arms)
 
 
+@pytest.mark.slow
 def test_all_arms_have_one_noise_and_as_lora_averages_exactly(ran):
     assert len({r["privacy"]["sigma"] for r in ran}) == 1
     errors = {arm_of(r["config"]): r["scores"]["server"]["model"]["agg_err"] for r in ran}
@@ -80,6 +88,7 @@ def test_all_arms_have_one_noise_and_as_lora_averages_exactly(ran):
         assert errors[arm] < 1e-5 < errors["la_lora"]
 
 
+@pytest.mark.slow
 def test_half_the_steps_need_less_noise_for_the_same_epsilon(tmp_path, ran):
     half = study(tmp_path, ["half"], rates=(0.3,), changes={"rounds": 2}).run()["half"][0]
     whole = ran[0]
@@ -130,7 +139,7 @@ def test_noise_alone_obeys_the_count_of_noisy_steps(tmp_path):
     mean = {}
     for part, results in told.items():
         for r in results:
-            mean.setdefault((part, r["config"]["method"]), []).append(r["scores"]["server"]["model"]["energy"])
+            mean.setdefault((part, arm_of(r["config"])), []).append(r["scores"]["server"]["model"]["energy"])
     mean = {key: sum(values) / len(values) for key, values in mean.items()}
     whole, turns, half = mean["noise", "fedit"], mean["noise", "la_lora"], mean["noise_half", "fedit"]
     assert whole - turns > 0.6 > 0.25 > abs(turns - half)
@@ -167,6 +176,7 @@ def test_the_command_prints_a_table(capsys, tmp_path):
     assert json.loads((tmp_path / "private_untrained.jsonl").read_text())["config"]["rounds"] == 0
 
 
+@pytest.mark.slow
 def test_any_report_of_labels_speaks_of_accuracy(ran, tmp_path):
     text, picture = write_report(ran[:3], tmp_path)
     assert "personal accuracy" in text.read_text() and "HD95" not in text.read_text() and picture.exists()
@@ -192,3 +202,4 @@ def test_sharpness_is_compared_where_all_arms_have_the_same_training_loss():
         gaps = [abs(loss - own["common_loss"]) for loss in r["losses"]]
         assert gaps[own["round"] - 1] == min(gaps) and own["loss"] == r["losses"][own["round"] - 1]
         assert own["log_lambda_max"] > -10 and r["privacy"]["releases"] == [12] * 8
+        assert 0 <= own["cos"] <= 1 and -1 <= own["cos_released"] <= 1, "exact gradients never pull apart"

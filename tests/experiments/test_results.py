@@ -15,7 +15,7 @@ from fedlora_mini.experiments.unadapted import EVENT, SETS
 
 RESULTS = Path(__file__).parents[2] / "results"
 # files whose lines are not runs of `fedlora compare`
-OTHERS = ("fewshot", "nearness", "network", "private", "raters", "unadapted")
+OTHERS = ("counterfactual", "fewshot", "nearness", "network", "private", "raters", "unadapted")
 FILES = sorted(path for path in RESULTS.glob("*.jsonl") if not path.stem.startswith(OTHERS))
 FEWSHOT = sorted(RESULTS.glob("fewshot_*.jsonl"))
 

@@ -1,5 +1,6 @@
 """A run: the same bytes whether or not it was killed, a result with its provenance, three protocols."""
 
+import gc
 import json
 import os
 import random
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.report import table_of
 from fedlora_mini.experiments.run import run
+from fedlora_mini.federation.member import Member
 
 TINY = {"sites": "2", "size": 32, "rounds": 3, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
 TINY |= {"data_options": {"per_site": 6, "val": 2, "test": 3}}
@@ -47,6 +50,45 @@ def test_the_same_config_twice_gives_the_same_final_bytes(tmp_path):
     assert first["final_sha256"] == second["final_sha256"]
     assert first["scores"] == second["scores"]
     assert (tmp_path / "a/final.safetensors").read_bytes() == (tmp_path / "b/final.safetensors").read_bytes()
+
+
+OWN_MODELS = ["ditto", "resfim"]  # a second model, own entries of the common one
+MORE = ["iat", "harmofl", "iop", "fedalt", "fdlora", "lcfed", "fedex"]
+OWN_MODELS += [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+
+
+@pytest.mark.parametrize("name", OWN_MODELS)
+def test_a_finished_run_can_be_had_again_with_every_personal_model(tmp_path, name):
+    """From its folder alone."""
+    result = run(RunConfig(method=name, **TINY), tmp_path)
+    scores = Federation.finished(tmp_path).evaluate()
+    assert scores == {protocol: result["scores"][protocol] for protocol in scores}
+    plain = {"ditto": "fedavg", "iop": "fedavg"}.get(name)
+    if plain:
+        assert result["final_sha256"] != run(RunConfig(method=plain, **TINY), tmp_path / "plain")["final_sha256"]
+
+
+def test_a_folder_without_a_finished_run_is_refused(tmp_path):
+    with pytest.raises(FedloraError, match="holds no finished run: it lacks result"):
+        Federation.finished(tmp_path)
+
+
+def test_a_run_holds_no_more_updates_than_its_rule(monkeypatch):
+    """Of a mean that is the first one, the one at hand and the one before it; the error is measured as they pass."""
+    alive, most, close = set(), [0], Member.close
+
+    def counted(member, *args):
+        update = close(member, *args)
+        gc.collect()  # training leaves cycles
+        alive.add(member.number)
+        weakref.finalize(next(iter(update.state.values())), alive.discard, member.number)
+        most[0] = max(most[0], len(alive))
+        return update
+
+    monkeypatch.setattr(Member, "close", counted)
+    few = TINY | {"rounds": 1, "steps": 1, "dirichlet": 100.0, "clients": 5, "data_options": {"per_site": 8}}
+    [record] = Federation.build(RunConfig(method="fedit", execution="sequential", **few)).rounds()
+    assert record.agg_err is not None and len(record.clients) == 5 and most[0] <= 3
 
 
 def test_stopping_after_any_round_and_going_on_changes_nothing(tmp_path):

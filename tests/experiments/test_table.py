@@ -1,14 +1,18 @@
 """Every row of the method table, by a tiny run: what it trains, sends and keeps, and that it can be stopped."""
 
+import re
+
 import pytest
 import torch
 
 from fedlora_mini.data import load
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.run import run
 from fedlora_mini.experiments.table import SITES, check, words
 from fedlora_mini.federation import METHODS
+from fedlora_mini.federation.member import Member
 
 TINY = {"sites": "3", "size": 32, "rounds": 3, "steps": 3, "batch": 2, "rank": 4, "threads": 1, "base": "none"}
 TINY |= {"data_options": {"per_site": 4, "val": 2, "test": 2}}
@@ -24,8 +28,12 @@ def data():
     return load("phantom", size=32, sites=SITES, unseen=0, per_site=6, val=2, test=2)
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("model", ["minisam", pytest.param("unet", marks=pytest.mark.slow)])
+CASES = [("minisam", name) for name in METHODS]
+CASES += [pytest.param("unet", name, marks=pytest.mark.slow) for name in METHODS if name != "fedbn"]
+CASES += [("unet_bn", "fedbn"), pytest.param("attention_unet", "fedbn", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("model", "name"), CASES)
 def test_a_row_sends_keeps_and_trains_what_it_says(data, model, name):
     checked = check(name, model, data=data)
     assert checked.problems == []
@@ -36,8 +44,6 @@ def test_a_row_sends_keeps_and_trains_what_it_says(data, model, name):
 
 def test_a_row_that_sends_more_than_it_says_is_caught(data, monkeypatch):
     """A client that hands out a private factor."""
-    from fedlora_mini.federation.member import Member
-
     close = Member.close
 
     def leak(self, end, *rest):
@@ -58,6 +64,78 @@ def test_a_row_whose_clients_do_not_train_is_caught(data, monkeypatch):
 
     monkeypatch.setattr(local, "train", asleep)
     assert "no B of encoder was trained" in check("ffa", data=data).problems
+
+
+@pytest.mark.parametrize("name", ["iat", "fedsa", "dual", "fedrep", "fedbn"])
+def test_a_row_whose_clients_forget_their_private_tensors_is_caught(data, monkeypatch, name):
+    """Every round begins from the private tensors of the first."""
+    first, receive = {}, Member.receive
+
+    def reset(self, request):
+        first.setdefault(self.number, self.own(self.memory))
+        self.memory = self.memory | first[self.number]
+        receive(self, request)
+
+    monkeypatch.setattr(Member, "receive", reset)
+    problems = check(name, data=data).problems
+    assert len(problems) == SITES and all("has not kept" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "name", ["ditto", "iop", "fedalt", "moon", "as_lora", pytest.param("resfim", marks=pytest.mark.slow)]
+)
+def test_a_row_whose_clients_take_no_notes_is_caught(data, monkeypatch, name):
+    monkeypatch.setattr(Member, "keep", lambda self, prefix, state: None)
+    wanted = [f"client {k} does not keep '{note}'" for note in METHODS[name].work.notes for k in range(SITES)]
+    assert check(name, data=data).problems == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["feddg", *(pytest.param(n, marks=pytest.mark.slow) for n in ("ditto", "fedas", "resfim"))]
+)
+def test_a_row_whose_clients_lose_their_notes_between_rounds_is_caught(data, monkeypatch, name):
+    receive = Member.receive
+
+    def forget(self, request):
+        self.memory = {n: v for n, v in self.memory.items() if not n.startswith(METHODS[name].work.notes)}
+        receive(self, request)
+
+    monkeypatch.setattr(Member, "receive", forget)
+    assert sum("has not kept" in problem for problem in check(name, data=data).problems) >= SITES
+
+
+def test_a_row_whose_clients_keep_the_same_is_caught(data, monkeypatch):
+    """As if what is private had been averaged."""
+    own = Member.own
+    monkeypatch.setattr(Member, "own", lambda self, state: {n: torch.zeros_like(state[n]) for n in own(self, state)})
+    assert "clients keep the same 'private tensors'" in check("iat", data=data).problems
+
+
+def test_a_row_that_keeps_nothing_of_a_network_is_caught_and_not_built(data):
+    """MONAI's UNet has instance norms without weights and statistics: FedBN on it would be FedAvg."""
+    told = "'FedBN' shares all but norms, and of model 'unet' that is everything.*norms with weights.*unet_bn"
+    [problem] = check("fedbn", "unet", data=data).problems
+    assert re.match(told, problem)
+    with pytest.raises(FedloraError, match=told):
+        Federation.build(RunConfig(method="fedbn", model="unet", **TINY))
+    assert check("fedavg", "unet", data=data).problems == []
+
+
+def test_fedbn_on_a_unet_with_batch_norms_is_not_fedavg():
+    ends = []
+    for name in ("fedbn", "fedavg"):
+        federation = Federation.build(RunConfig(method=name, model="unet_bn", **TINY | {"rounds": 2}))
+        list(federation.rounds())
+        own = federation.states()["client 0"]
+        assert bool(own) == (name == "fedbn") == any(n.endswith("running_mean") for n in own)
+        ends.append(federation.server.state)
+    assert any(not torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_private_gradients_of_a_network_s_own_weights_are_refused_with_batch_norms_too():
+    for name in ("fedbn", "fedavg"):
+        with pytest.raises(FedloraError, match=r"is no adapter's factor and cannot carry a group axis"):
+            list(Federation.build(RunConfig(method=name, model="unet_bn", sigma=1.0, **TINY)).rounds())
 
 
 @pytest.mark.parametrize(
@@ -102,11 +180,12 @@ class Stop(Exception):
     pass
 
 
-NOTED = ["flora", "hetlora", "fedex", "fdlora", "fedalt", "lcfed", "ditto", "moon", "fedproto", "resfim", "fedavgm"]
+QUICK = ("hetlora", "fedex", "ditto", "fedadam", "as_lora", "fedas", "lcfed", "fedproto")  # one of every kind of memory
+RESUMED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
 
 
-@pytest.mark.parametrize("name", NOTED)
-def test_a_row_with_a_memory_can_be_stopped_and_goes_on_to_the_same_bytes(tmp_path, name):
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_row_can_be_stopped_and_goes_on_to_the_same_bytes(tmp_path, name):
     more = {"ranks": [2, 4]} if name in ("flora", "hetlora") else {}
     config = RunConfig(method=name, **{**TINY, **more})
     whole = run(config, tmp_path / "whole")

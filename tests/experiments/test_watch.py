@@ -6,11 +6,12 @@ import torch
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.leakage import split_pairs
+from fedlora_mini.experiments.report import table_of
 from fedlora_mini.experiments.run import run
 from fedlora_mini.federation import METHODS
 
 TINY = {"sites": "3", "size": 32, "rounds": 4, "steps": 2, "batch": 2, "rank": 2, "threads": 1, "base": "none"}
-TINY |= {"data_options": {"per_site": 4, "val": 2, "test": 2}}
+TINY |= {"data_options": {"per_site": 4, "val": 4, "test": 2}}
 
 
 @pytest.fixture(autouse=True)
@@ -28,37 +29,88 @@ def test_looking_does_not_change_the_run(watched, tmp_path):
     assert plain["final_sha256"] == watched["final_sha256"] and "leakage" not in plain
 
 
-def test_every_round_has_every_metric_beside_its_chance_level(watched):
+METRICS = {"site_spread", "leak_energy", "leak_cos2", "leak_explained", "overlap"}
+AT_THE_END = {"site_probe", "feature_probe", "swap_drop"}
+BESIDE = {
+    "site_probe_rounds",
+    "site_probe_95",
+    "feature_probe_95",
+    "feature_probe_start",
+}  # beside a probe
+
+
+def levels(metrics):
+    return {f"{metric}_chance" for metric in metrics}
+
+
+def test_every_round_has_every_metric_beside_its_level(watched):
     rounds = watched["leakage"]["rounds"]
     assert len(rounds) == 4
     for record in rounds:
-        assert set(record) == {
-            "site_spread",
-            "leak_energy",
-            "leak_cos2",
-            "leak_explained",
-            "leak_explained_chance",
-            "overlap",
-            "overlap_chance",
-        }
+        assert set(record) == METRICS | levels(METRICS)
         assert all(0 <= value <= 1 for value in record.values())
-    assert rounds[0]["leak_cos2"] == rounds[0]["leak_explained"] == 0, "B = 0: the private change does nothing yet"
-    assert rounds[0]["leak_energy"] == 0, "A is equal everywhere: nothing leaks in the first gradient"
-    assert rounds[-1]["leak_cos2"] > 0 and rounds[-1]["leak_explained"] > 0
+        assert record["leak_cos2_chance"] < 0.01 and record["site_spread_chance"] > 0
+    first, last = rounds[0], rounds[-1]
+    assert first["leak_cos2"] == first["leak_explained"] == 0, "B = 0: the private change does nothing yet"
+    assert first["leak_energy"] == first["leak_energy_chance"] == 0, "A is equal everywhere: nothing leaks at first"
+    assert all(last[metric] > 0 for metric in METRICS | levels(METRICS))
 
 
-def test_the_end_has_the_probe_and_what_a_swap_costs(watched):
+def test_the_end_has_the_probes_and_what_a_swap_costs_beside_their_levels(watched):
     end = watched["leakage"]
-    assert end["site_probe_rounds"] == 4 and 0 <= end["site_probe"] <= 1
-    assert end["site_probe_chance"] == pytest.approx(1 / 3, abs=0.08)
-    assert len(end["swap_drop"]) == 3
+    assert set(end) == {"rounds"} | AT_THE_END | levels(AT_THE_END) | BESIDE
+    assert end["site_probe_rounds"] == 4
+    for probe in ("site_probe", "feature_probe"):
+        assert 0 <= end[probe] <= 1 and 0 < end[f"{probe}_95"] <= 1
+        assert end[f"{probe}_chance"] == pytest.approx(1 / 3, abs=0.08)
+    assert 0 <= end["feature_probe_start"] <= 1
+    assert len(end["swap_drop"]) == 3 and end["swap_drop_chance"] == 0
 
 
-@pytest.mark.parametrize(("name", "metrics"), [("fedit", {"site_spread"}), ("local", set())])
+def test_features_tell_sites_by_their_scanners_and_guess_where_they_have_one():
+    for appearance, told in ((1.0, True), (0.0, False)):
+        options = {"per_site": 4, "val": 12, "test": 1, "appearance": appearance}
+        federation = Federation.build(RunConfig(method="iat", leakage=True, **TINY | {"data_options": options}))
+        next(iter(federation.rounds()))
+        found = federation.watch.features([site.val for site in federation.data.sites])
+        assert (found["feature_probe"] > found["feature_probe_95"]) == told
+        assert (found["feature_probe_start"] > found["feature_probe_95"]) == told, "images alone tell as much"
+
+
+SPREAD = {"site_spread", "site_spread_chance"}
+
+
+@pytest.mark.parametrize(("name", "metrics"), [("fedit", SPREAD), ("as_lora", SPREAD), ("local", set())])
 def test_rows_that_split_no_pair_have_the_spread_alone_or_nothing(tmp_path, name, metrics):
     result = run(RunConfig(method=name, leakage=True, **TINY), tmp_path)
     assert all(set(record) == metrics for record in result["leakage"]["rounds"])
     assert ("swap_drop" in result["leakage"]) == (name == "local")
+    assert ("feature_probe" in result["leakage"]) == bool(metrics)
+
+
+def test_the_level_of_the_spread_trains_on_the_halves_of_every_sites_images():
+    """One step of gradient descent on all of four images: the halves' updates have the whole one as their mean."""
+    settings = {"optimiser": "sgd", "lr": 0.3, "steps": 1, "batch": 4, "augment": False, "rounds": 1}
+    federation = Federation.build(RunConfig(method="fedit", leakage=True, **TINY | settings))
+    next(iter(federation.rounds()))
+    watch, members = federation.watch, federation.engine.members
+    for member, sent in zip(members, watch.sent[0], strict=True):
+        halves = [watch.twins[member.number](half) for half in (0, 1)]
+        start = watch.before[member.number]
+        for name, change in sent.items():
+            mean = (halves[0][name] + halves[1][name]) / 2 - start[name]
+            assert torch.allclose(mean, change, atol=0.05 * float(change.abs().max()) + 1e-7), name
+        assert any(not torch.equal(halves[0][name], halves[1][name]) for name in sent)
+
+
+def test_a_run_stored_before_a_metric_was_logged_is_left_out_with_a_warning(watched):
+    old = {**watched, "leakage": {"rounds": [{"leak_cos2": 0.1}, {"leak_cos2": 0.3}]}}
+    old = {**old, "config": {**watched["config"], "seed": 1}}
+    assert table_of([watched, old], "iat", "leakage", "leak_cos2")[1].tolist() == [pytest.approx(0.2)]
+    with pytest.warns(UserWarning, match=r"1 of 2 runs of 'iat' did not log 'feature_probe'; logged: feature_probe, "):
+        assert table_of([watched, old], "iat", "leakage", "feature_probe").shape == (1, 1)
+    with pytest.warns(UserWarning, match="1 of 1 runs of 'iat' did not log 'leak_energy'; logged: leak_cos2"):
+        assert not table_of([old], "iat", "leakage", "leak_energy").size
 
 
 def test_the_spread_is_that_of_what_was_sent():

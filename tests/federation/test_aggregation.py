@@ -7,8 +7,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters import LoRA, adapters, keys, load_state, prepare, trainable
+from fedlora_mini.adapters.ops import matrix_shape
 from fedlora_mini.federation import METHODS, Update
-from fedlora_mini.federation.aggregation import aggregation_error, mean, padded, residual, stack, svd, truncate
+from fedlora_mini.federation.aggregation import (
+    AggregationError,
+    aggregation_error,
+    mean,
+    padded,
+    residual,
+    stack,
+    svd,
+    truncate,
+)
+from fedlora_mini.federation.aggregation.error import FEW
+from fedlora_mini.federation.aggregation.pairs import Pair, product_norm, stacked
+from fedlora_mini.metrics.rank import pairs
 from fedlora_mini.models import build
 
 
@@ -106,6 +119,43 @@ def test_the_error_of_a_rule_is_that_of_the_definition(scaled, rule, ranks):
     found, expected = dense_error(scaled, rule, updates)
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
     assert found < 1e-12 if rule in (stack, residual) else found > 0.01
+
+
+def thin_floats(error):
+    return {path: sum(P.numel() + Q.numel() for _, P, Q in held) for path, held in error.thin.items()}
+
+
+@pytest.mark.parametrize(("rule", "ranks"), [(mean, (3, 3)), (svd, (1, 3)), (stack, (2, 3)), (residual, (3, 3))])
+def test_of_many_clients_the_error_is_the_same_and_its_memory_stays(scaled, rule, ranks):
+    """Beyond FEW clients thin factors give way to the mean update, where they are larger than it."""
+    model, start, clients, _ = scaled
+    rng = torch.Generator().manual_seed(3)
+    many = [{n: v + torch.randn(v.shape, generator=rng) for n, v in clients[k % 3].items()} for k in range(60)]
+    updates = [Update(k, truncate(c, ranks[k % 2]), k % 5 + 1.0) for k, c in enumerate(many)]
+    found, expected = dense_error(scaled, rule, updates)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-11)
+    error, held = AggregationError(model, start, lambda name: False), []
+    for update in updates:
+        error.add(update)
+        held.append(thin_floats(error))
+    for path, adapter in adapters(model):
+        if path in error.own:
+            m, n = matrix_shape(adapter.base)
+            assert max(each[path] for each in held) <= max(m * n, FEW * 3 * (m + n))
+    assert error.sums, "some layers have more factors than entries"
+
+
+def test_of_few_clients_the_error_is_that_of_their_stacked_factors_to_the_last_bit(setting):
+    """What is stored of runs with few clients can be had again."""
+    model, start, clients, _ = setting
+    updates = [Update(k, clients[k % 3], k + 1.0) for k in range(FEW)]
+    after, total, lost, kept = start | mean(start, updates), sum(u.weight for u in updates), 0.0, 0.0
+    new = pairs(model, after)
+    for path in new:
+        terms = [Pair(u.weight / total, *pairs(model, u.state)[path]) for u in updates]
+        lost += product_norm(*stacked([*terms, Pair(-1.0, *new[path])])) ** 2
+        kept += product_norm(*stacked(terms)) ** 2
+    assert aggregation_error(model, start, after, updates, lambda name: False) == (lost / kept) ** 0.5
 
 
 class Largest(TorchDispatchMode):

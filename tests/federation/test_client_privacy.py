@@ -1,14 +1,18 @@
 """DP-FedAvg: no client moves the mean by more than C/m, noise of the promised size, a norm that finds its quantile."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fedlora_mini import state as S
+from fedlora_mini.adapters.base import Key
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.federation import METHODS, Server, federate
 from fedlora_mini.federation.aggregation.private import NORM, ROUND, ClientDP
 from fedlora_mini.federation.exchange import Update
+from fedlora_mini.privacy import CLIPS, clip_sum
 
 SHAPES = {"a.A": (2, 5), "a.B": (7, 2)}
 
@@ -84,6 +88,80 @@ def test_an_adaptive_norm_goes_to_the_quantile():
     assert lengths[9] <= float(state[NORM]) <= lengths[11]
 
 
+@pytest.mark.parametrize("clipping", CLIPS)
+def test_it_clips_as_the_one_clip_of_the_library_does(clipping):
+    start, C = server(), 0.5
+    told = updates([0.1, 0.4, 2.0, 30.0], start)
+    changes = S.stack([S.sub(update.state, start) for update in told])
+    expected = S.add(start, clip_sum(changes, C, clipping), 1 / 4)
+    found = ClientDP(0.0, 4, C, clipping=clipping)(start, told)
+    assert S.norm(S.sub({n: found[n] for n in start}, expected)) < 1e-12
+
+
+@pytest.mark.parametrize("clipping", CLIPS)
+def test_a_change_that_is_not_finite_counts_as_nothing(clipping):
+    start, rule = server(), ClientDP(0.0, 3, 0.5, clipping=clipping)
+    told = updates([0.1, 4.0, 2.0], start)
+    told[1].state["a.B"][3, 1] = math.nan
+    both = [rule(start, some) for some in (told, [told[0], told[2]])]
+    assert all(torch.equal(both[0][n], both[1][n]) for n in start)
+
+
+def test_a_client_that_is_not_finite_moves_the_adaptive_norm_like_any_other():
+    start, rule = server(), ClientDP(0.0, 3, 0.5, quantile=0.5)
+    told = updates([0.1, 4.0, 2.0], start)
+    clipped = rule(start, told)[NORM]
+    told[1].state["a.B"][3, 1] = math.inf
+    assert torch.equal(rule(start, told)[NORM], clipped), "not inside the ball"
+
+
+class Clients:
+    """An engine whose clients answer what they are said to."""
+
+    def __init__(self, told):
+        self.clients, self.told = [update.client for update in told], told
+
+    def exchange(self, requests):
+        return [update for update in self.told if update.client in requests]
+
+
+def rounds(rule, told, choose):
+    start = {f"layer.{name}": value for name, value in server().items()}
+    told = [
+        Update(u.client, {f"layer.{n}": v for n, v in u.state.items()}, u.weight, loss=0.1 + u.client) for u in told
+    ]
+    keys = {name: Key(*name.rsplit(".", 1), "encoder", "linear") for name in start}
+    row, own = replace(METHODS["fedit"], rule=rule), Server(start)
+    return own, list(federate(row, Clients(told), own, keys, 2, 1, choose, lambda *_: 0.25))
+
+
+def test_a_round_tells_nothing_of_its_clients_but_the_noised_mean():
+    told = updates([0.1, 4.0, 2.0], server())
+    told[1].state["a.B"][3, 1] = math.nan
+    _, records = rounds(ClientDP(1.0, 3, 0.5), told, lambda t: [0, 1, 2])
+    for record in records:
+        assert record.loss is None and record.agg_err is None and record.refused == []
+        assert record.clients == [0, 1, 2] and record.bytes_up > 0, "everybody takes part, whatever the data"
+
+
+def test_nor_who_was_drawn():
+    told, seen = updates([0.1, 4.0, 2.0], server()), []
+    for draw in ([0, 2], []):
+        _, records = rounds(ClientDP(1.0, 1.5, 0.5), told, lambda t, draw=draw: draw)
+        seen.append([replace(record, round=0) for record in records])
+    assert seen[0] == seen[1]
+    assert {seen[0][0].clients, seen[0][0].bytes_up, seen[0][0].bytes_down, seen[0][0].seconds} == {None}
+
+
+def test_a_client_that_is_not_finite_does_not_stop_a_run():
+    told = updates([0.1], server())
+    told[0].state["a.B"][3, 1] = math.nan
+    ends = [rounds(ClientDP(1.0, 1, 0.5), told, lambda t, draw=draw: draw)[0].state for draw in ([0], [])]
+    assert S.digest(ends[0]) == S.digest(ends[1])
+    with pytest.raises(FedloraError, match="nobody answered"):
+        rounds(ClientDP(1.0, 1, 0.5), [], lambda t: [0])
+
+
 def test_both_releases_together_cost_what_sigma_costs():
     rule = ClientDP(0.8, 100, 0.1, quantile=0.5)
     assert rule.sum_sigma > 0.8
@@ -98,6 +176,8 @@ def test_both_releases_together_cost_what_sigma_costs():
         ({"quantile": 1.0}, "quantile"),
         ({"quantile": 0.5, "clients": 4, "sigma": 1.0}, "count alone"),
         ({"clients": math.nan}, "clients"),
+        ({"clipping": "flatt"}, "unknown way to clip 'flatt'.*'flat'"),
+        ({"quantile": 0.5, "clients": 100, "clipping": "per-layer"}, "needs clipping 'flat', got 'per-layer'"),
     ],
 )
 def test_bad_settings_are_named(given, message):

@@ -30,7 +30,7 @@ def splits(tiny):
 
 
 def federated(name, splits, classes=6):
-    """The server's model and every client's own tensors after some rounds; notes bear the clients' numbers."""
+    """The server's model and what every client has of its own; the server's notes bear the clients' numbers."""
     row, budget = METHODS[name], Budget(2, 8, 1e-2, "sgd", augment=False)
     model = build("minisam", classes, d=16, depth=1, stem=4, width=4)
     options = {"sites": len(splits)} if row.adapter == "lcfed" else {}
@@ -40,7 +40,21 @@ def federated(name, splits, classes=6):
     server = Server(start)
     everyone = lambda round: engine.clients  # noqa: E731
     list(federate(row, engine, server, engine.keys, ROUNDS, budget.steps, everyone, layers=engine.setting.layers))
-    return products(S.pick(server.state, is_model)), [member.own(member.memory) for member in engine.members]
+    return products(S.pick(server.state, is_model)), [possession(engine, member, server) for member in engine.members]
+
+
+def possession(engine, member, server):
+    """A client's own model, its private tensors and the numbers that its work keeps: all that is not the server's.
+
+    ResFIM's masks are seen in its model alone: which entries of a bias in front of a norm they keep is up to rounding.
+    """
+    notes = S.pick(member.notes, lambda name: name.startswith(engine.method.work.notes))
+    notes = {name: value for name, value in notes.items() if value.is_floating_point()}
+    return products(
+        {f"model/{name}": value for name, value in engine.personal(member.number, server).items()}
+        | {f"own/{name}": value for name, value in member.own(member.memory).items()}
+        | {f"note/{name}": value for name, value in notes.items()}
+    )
 
 
 def products(state):

@@ -1,5 +1,7 @@
 """The one loop, over an engine that can be made to misbehave."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -7,16 +9,21 @@ from fedlora_mini import state as S
 from fedlora_mini.adapters import keys, prepare, trainable
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation import METHODS, Request, Server, Update, federate
+from fedlora_mini.federation.aggregation import AggregationError, aggregation_error
 from fedlora_mini.models import build
 
 STEPS = 2
 
 
 @pytest.fixture(scope="module")
-def setting():
-    model = prepare(build("minisam", 2, d=16, depth=1, stem=4, width=4), "lora", rank=2)
-    start = trainable(model)
-    return start, keys(model, list(start))
+def base():
+    return prepare(build("minisam", 2, d=16, depth=1, stem=4, width=4), "lora", rank=2)
+
+
+@pytest.fixture(scope="module")
+def setting(base):
+    start = trainable(base)
+    return start, keys(base, list(start))
 
 
 class Script:
@@ -47,6 +54,18 @@ def constant(value, setting, name="fedit", weight=1.0):
     return lambda client, request: Update(
         client, {n: torch.full_like(start[n], value(client)) for n in sent(name, table, request.round)}, weight, 0.5
     )
+
+
+def varied(setting, name):
+    """Clients that send random numbers of their own, in new memory."""
+    start, table = setting
+
+    def answer(client, request):
+        rng = torch.Generator().manual_seed(client)
+        state = {n: torch.randn(start[n].shape, generator=rng) for n in sent(name, table, request.round)}
+        return Update(client, state, 1.0 + client, 0.5)
+
+    return answer
 
 
 def test_the_server_takes_the_weighted_mean(setting):
@@ -105,6 +124,51 @@ def test_a_client_that_does_not_answer_is_left_out(setting):
     server, [record] = run("fedit", setting, Script([0, 1], lambda c, r: good(c, r) if c else None))
     assert record.refused == ["client 0: no answer"]
     assert all(torch.equal(value, torch.ones_like(value)) for value in server.state.values())
+
+
+class Stream:
+    """An engine whose clients answer one by one, and that counts how many answers are still alive."""
+
+    def __init__(self, clients, answer):
+        self.clients, self.answer, self.alive, self.most = clients, answer, set(), 0
+
+    def exchange(self, requests):
+        for client, request in requests.items():
+            update = self.answer(client, request)
+            for name, value in update.state.items():
+                self.alive.add((client, name))
+                weakref.finalize(value, self.alive.discard, (client, name))
+            self.most = max(self.most, len({client for client, _ in self.alive}))
+            yield update
+            del update, value
+
+
+@pytest.mark.parametrize("name", ["fedit", "ffa", "fedadam", "fedavgm", "iat"])
+@pytest.mark.parametrize("measured", [False, True])
+def test_updates_pass_one_by_one_where_the_rule_is_a_mean(setting, base, name, measured):
+    """A round of 40 clients holds the first answer, the one at hand and the one before it; so does the error."""
+    start, table = setting
+    method, server, engine = METHODS[name], Server(S.clone(start)), Stream(list(range(40)), varied(setting, name))
+    private = lambda n: not method.shared(table[n])  # noqa: E731
+    meter = (lambda before: AggregationError(base, before, private)) if measured else None
+    [record] = federate(method, engine, server, table, 1, STEPS, lambda t: engine.clients, meter=meter)
+    assert record.clients == engine.clients and not record.refused
+    assert engine.most <= 3
+    assert (record.agg_err is not None) == (measured and name != "iat")
+
+
+def test_an_error_that_is_a_function_of_all_updates_has_them_held(setting, base):
+    """And is the one that is measured as they pass."""
+    start, table = setting
+    whole = lambda before, after, updates: aggregation_error(base, before, after, updates, lambda n: False)  # noqa: E731
+    passing = lambda before: AggregationError(base, before, lambda n: False)  # noqa: E731
+    errors = []
+    for options in ({"agg_err": whole}, {"meter": passing}):
+        engine, server = Stream(list(range(5)), varied(setting, "fedit")), Server(S.clone(start))
+        [record] = federate(METHODS["fedit"], engine, server, table, 1, STEPS, lambda t: [0, 1, 2, 3, 4], **options)
+        errors.append(record.agg_err)
+        assert (engine.most == 5) == ("agg_err" in options)
+    assert errors[0] == errors[1] > 0
 
 
 def test_without_a_usable_update_the_run_stops_and_keeps_the_last_good_state(setting):

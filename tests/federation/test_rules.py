@@ -64,7 +64,7 @@ RULES = {
     "masked": masked,
     "prototypes": prototypes,
 }
-HELPERS = {"aggregation_error", "self_pruned_rank", "tail", "truncate"}
+HELPERS = {"AggregationError", "aggregation_error", "self_pruned_rank", "tail", "truncate"}
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 
 

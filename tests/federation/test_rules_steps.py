@@ -6,8 +6,11 @@ import torch
 from scipy import stats
 
 from fedlora_mini import state as S
+from fedlora_mini.adapters import call, keys, prepare, trainable
+from fedlora_mini.data import Split
+from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.federation import Update
+from fedlora_mini.federation import METHODS, Budget, Server, Update, federate
 from fedlora_mini.federation.aggregation import (
     FedAdam,
     FedAvgM,
@@ -23,6 +26,8 @@ from fedlora_mini.federation.aggregation import (
     weighted,
 )
 from fedlora_mini.federation.aggregation.nova import effort
+from fedlora_mini.losses import task_loss
+from fedlora_mini.models import build
 
 WEIGHTS = (3.0, 1.0, 2.0, 5.0, 4.0)
 
@@ -215,6 +220,47 @@ def test_nova_is_the_formula_of_the_card(rho):
 def test_nova_at_equal_steps_is_the_mean():
     updates = clients(steps=(6,) * 5, dtype=torch.float32)
     assert S.digest(Nova()(state(9, dtype=torch.float32), updates)) == S.digest(mean(None, updates))
+
+
+def trained(name, data, sizes=(2, 4, 8), passes=1.0):
+    """(server's state after a round, before it, every client's end by a plain SGD loop on the batches that it drew)."""
+    row, budget = METHODS[name], Budget(steps=3, batch=2, lr=0.05, optimiser="sgd", augment=False, passes=passes)
+    model = prepare(build("minisam", len(data.classes), d=16, depth=1, stem=4, width=4), row.adapter).double()
+    parts = zip(data.sites, sizes, strict=True)
+    splits = [Split(site.train.images[:n].double(), site.train.masks[:n]) for site, n in parts]
+    start = trainable(model)
+    engine, server = LocalEngine(model, row, keys(model, list(start)), splits, budget), Server(start)
+    ends = []
+    for member in engine.members:
+        own = budget.of(len(member.data))
+        end, batches = {n: v.clone() for n, v in start.items()}, member.batches(1, own)
+        for step in range(1, own.steps + 1):
+            leaves = {n: v.requires_grad_() for n, v in end.items()}
+            x, y = batches(step)
+            loss = task_loss(call(model, leaves, x), y).mean()
+            slope = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            moved = zip(leaves.items(), slope, strict=True)
+            end = {n: (v if g is None else v - budget.lr * g).detach() for (n, v), g in moved}
+        ends.append(end)
+    list(federate(row, engine, server, engine.keys, 1, budget.steps, lambda t: engine.clients))
+    return server.state, start, ends
+
+
+def test_a_round_of_fednova_with_unequal_clients_is_the_formula_of_the_card(tiny):
+    """w <- w - tau_eff sum_k p_k (w - w_k) / tau_k, after one pass through 2, 4 and 8 images in batches of 2."""
+    found, start, ends = trained("fednova", tiny)
+    p, tau = (1 / 7, 2 / 7, 4 / 7), (1, 2, 4)
+    tau_eff = sum(p_k * t for p_k, t in zip(p, tau, strict=True))  # 3
+    for name, w in start.items():
+        d = sum(p_k * (w - end[name]) / t for p_k, t, end in zip(p, tau, ends, strict=True))
+        torch.testing.assert_close(found[name], w - tau_eff * d, rtol=1e-10, atol=1e-12)
+    plain, *_ = trained("fedavg", tiny)
+    assert any((found[name] - plain[name]).abs().max() > 1e-4 for name in start), "FedAvg weighs work, too"
+
+
+def test_fednova_is_fedavg_where_all_clients_take_equal_steps(tiny):
+    nova, plain = (trained(name, tiny, passes=None)[0] for name in ("fednova", "fedavg"))
+    assert S.norm(S.sub(nova, plain)) < 1e-12 * S.norm(plain)
 
 
 def test_nova_does_not_favour_the_client_that_works_more():

@@ -3,7 +3,7 @@ import torch
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation import dirichlet, repartition
-from fedlora_mini.federation.sampling import batch_indices, flips, generator, participants
+from fedlora_mini.federation.sampling import batch_indices, drawn, flips, generator, participants
 
 
 def test_generators_depend_on_their_key_alone():
@@ -34,6 +34,16 @@ def test_other_rounds_choose_others():
     assert len({tuple(participants(list(range(10)), 0.3, 0, round)) for round in range(8)}) > 4
 
 
+def test_coins_follow_the_seed_and_without_one_nobody_can_tell_who_is_drawn():
+    coins = torch.rand(40, generator=generator(3, 7, "participants"), dtype=torch.float64)
+    everybody = list(range(40))
+    assert drawn(everybody, 0.3, 3, 7) == torch.nonzero(coins < 0.3).flatten().tolist()
+    secret = [drawn(everybody, 0.3, None, 7) for _ in range(200)]
+    assert len(set(map(tuple, secret))) == 200 and all(own == sorted(own) for own in secret)
+    assert sum(map(len, secret)) / 200 == pytest.approx(12, abs=1.5)
+    assert drawn(everybody, 1.0, None, 7) == everybody
+
+
 def test_a_fraction_outside_its_range_is_refused():
     with pytest.raises(FedloraError, match="fraction"):
         participants([0, 1], 0.0, 0, 0)
@@ -45,6 +55,13 @@ def test_flips_move_image_and_mask_together():
     x, y = flips(images, masks, generator(1))
     assert torch.equal((x[:, 0] * 200).to(torch.uint8), y)
     assert not torch.equal(x, images)
+
+
+def test_without_a_generator_images_turn_otherwise_every_time():
+    images = torch.rand(64, 1, 5, 4)
+    masks = (images[:, 0] * 200).to(torch.uint8)
+    (x, y), (z, _) = flips(images, masks, None), flips(images, masks, None)
+    assert torch.equal((x[:, 0] * 200).to(torch.uint8), y) and not torch.equal(x, z)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 100.0])

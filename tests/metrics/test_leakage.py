@@ -10,7 +10,9 @@ from fedlora_mini.adapters.ops import LAYERS, to_weight
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.metrics.leakage import (
     changes,
+    energy_null,
     explained_null,
+    gradients_through,
     leak_cos2,
     leak_energy,
     leak_explained,
@@ -129,6 +131,19 @@ def test_shared_gradients_are_g_times_the_private_factors_with_g_of_the_sites_ow
         assert W.shape == G.shape
 
 
+def test_one_backward_pass_serves_the_private_factors_of_any_number_of_sites():
+    model, state = lora()
+    shared = {name[:-2]: "BA"[k % 2] for k, name in enumerate(sorted(state)[::2])}
+    others = [{name: draw(*value.shape, seed=90 + k) for name, value in state.items()} for k in range(3)]
+    x, y = torch.rand(2, 3, 16, 16, dtype=torch.float64), torch.randint(0, 2, (2, 16, 16))
+    own, *through = gradients_through(model, state, others, shared, x, y)
+    assert len(through) == 3
+    for other, found in zip(others, through, strict=True):
+        alone = shared_gradients(model, state, other, shared, x, y)
+        for one, two in zip(alone, (own, found), strict=True):
+            assert all(torch.allclose(one[name], two[name], rtol=1e-8) for name in one.keys() | two.keys())
+
+
 def test_where_all_private_factors_are_equal_nothing_leaks():
     model, state = lora()
     shared = {name[:-2]: "B" for name in state}
@@ -162,6 +177,29 @@ def test_leak_energy_is_the_covariance_of_gradient_and_private_factor():
     common = G_mean @ A_mean.T
     expected = leak.square().sum() / (leak.square().sum() + common.square().sum())
     assert leak_energy(own, at_mean, (10 * p).tolist()) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_the_level_of_leak_energy_is_the_mean_over_the_ways_to_pass_the_private_factors_on():
+    """Sites whose private factor has nothing to do with their gradient are at it; those where it has are above."""
+    p, weights = torch.full((K,), 1 / K, dtype=torch.float64), [1.0] * K
+    found = {"unrelated": [], "level": [], "own gradient": []}
+    for seed in range(200):
+        G, A = draw(K, M, N, seed=2 * seed), draw(K, R, N, seed=2 * seed + 1)
+        pushes = [[{"B": g @ a.T} for a in A] for g in G]
+        at_mean = gradients(G, A, p)[1]
+        level = energy_null(pushes, at_mean, weights)
+        dealt = [[pushes[k][(k + shift) % K] for k in range(K)] for shift in (1, 2, 3)]
+        assert level == pytest.approx(np.mean([leak_energy(own, at_mean, weights) for own in dealt]))
+        found["unrelated"].append(leak_energy([pushes[k][k] for k in range(K)], at_mean, weights))
+        found["level"].append(level)
+        tied = G[:, :R]  # A_k is a part of G_k
+        own, at_mean = gradients(G, tied, p)
+        level = energy_null([[{"B": g @ a.T} for a in tied] for g in G], at_mean, weights)
+        found["own gradient"].append(leak_energy(own, at_mean, weights) - level)
+    assert np.mean(found["unrelated"]) == pytest.approx(np.mean(found["level"]), abs=0.02)
+    assert np.mean(found["own gradient"]) > 0.1
+    same = [[{"B": G[k] @ A[0].T} for _ in range(K)] for k in range(K)]
+    assert energy_null(same, [row[0] for row in same], weights) < 1e-20, "equal factors"
 
 
 @pytest.mark.parametrize(("theta", "energy"), [(0.3, 0.01), (0.825, 0.41), (2.0, 0.98)])

@@ -65,6 +65,16 @@ def test_what_a_round_has_in_common_hides_nothing():
     assert site_probe(moved) == site_probe(marked(1.0)) > 0.8
 
 
+def test_features_of_unrelated_images_are_not_centred_by_rows():
+    """A row's images have nothing in common, so that their mean is noise; without a mark the probe guesses."""
+    images = draw(4 * T, K, D) + 0.5 * draw(K, D, seed=1)
+    found = {centre: site_probe(images, centre=centre) for centre in (True, False)}
+    assert found[False] > 0.8 and site_probe_null(images, torch.Generator(), centre=False).mean() < 0.3
+    unmarked = [site_probe(draw(T, K, D, seed=seed), centre=False) for seed in range(60)]
+    assert np.mean(unmarked) == pytest.approx(1 / K, abs=0.02)
+    assert site_probe(marked(1.0), centre=False) < site_probe(marked(1.0)), "a round's drift hides the mark"
+
+
 def test_equal_updates_are_a_guess_and_a_single_fold_is_refused():
     assert site_probe(torch.zeros(T, K, D)) == pytest.approx(1 / K)
     with pytest.raises(FedloraError, match="between 2 and the number of rounds, 20, got 1"):

@@ -1,11 +1,13 @@
 """sum_i g_i min(1, C / ||g_i||) against the plain loop (on networks: tests/adapters/test_grouped.py)."""
 
+import math
+
 import pytest
 import torch
 
 from fedlora_mini import state as S
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.privacy import clip_sum, norms
+from fedlora_mini.privacy import CLIPS, clip_sum, norms
 
 
 def gradients(n=7):
@@ -55,7 +57,30 @@ def test_the_norm_must_be_positive(C):
         clip_sum(gradients(), C)
 
 
-def test_a_gradient_that_is_not_finite_shows():
+@pytest.mark.parametrize("how", CLIPS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])  # the square of the last one is not finite
+@pytest.mark.parametrize("name", ["a.A", "head.d"])
+def test_a_gradient_whose_norm_is_not_finite_counts_as_nothing(how, value, name):
+    """In the layer where it is broken and in the others: no record decides whether there is a sum."""
     g = gradients()
-    g["a.A"][2] = float("inf")
-    assert not S.finite(clip_sum(g, 1.0))
+    others = {n: rows[[k for k in range(7) if k != 2]] for n, rows in g.items()}
+    g[name][2].view(-1)[1] = value
+    found, expected = clip_sum(g, 0.7, how), clip_sum(others, 0.7, how)
+    assert S.finite(found) and S.norm(S.sub(found, expected)) < 1e-6 * S.norm(expected)
+    alone = clip_sum({n: rows[2:3] for n, rows in g.items()}, 0.7, how)
+    assert all(torch.equal(total, torch.zeros_like(total)) for total in alone.values())
+
+
+def test_nor_does_it_without_clipping():
+    g = {"a.A": torch.tensor([[1.0, 2.0], [math.inf, 0.0], [3.0, 4.0]])}
+    assert torch.equal(clip_sum(g, math.inf)["a.A"], torch.tensor([4.0, 6.0]))
+
+
+@pytest.mark.parametrize("how", CLIPS)
+def test_sums_of_several_batches_in_one_call_are_those_of_each(how):
+    """Inside `torch.func.vmap`, as the audits use it."""
+    g = torch.stack([gradients()["a.A"], 3 * gradients()["a.A"]])  # (2, N, …)
+    g[1, 4, 0, 0] = math.nan
+    found = torch.func.vmap(lambda own: clip_sum({"a.A": own}, 0.5, how))(g)["a.A"]
+    for total, own in zip(found, g, strict=True):
+        assert torch.allclose(total, clip_sum({"a.A": own}, 0.5, how)["a.A"])

@@ -7,11 +7,13 @@ import torch
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters import call, prepare, trainable
+from fedlora_mini.adapters.grouped import per_sample_gradients
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.sampling import generator
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.models import build
-from fedlora_mini.privacy import DPSGD, Seeded
+from fedlora_mini.privacy import CLIPS, DPSGD, Guarded, Seeded, dpsgd
+from fedlora_mini.privacy.dpsgd import GuardedGroup
 
 N = 5
 
@@ -104,6 +106,56 @@ def test_nobody_drawn_is_noise_alone():
     found = released(DPSGD(1.0, 0.5, 1.0), (model, state, x[:0], y[:0]), n=10)
     flat = torch.cat([value.flatten() for value in found.values()])
     assert found.keys() == state.keys() and flat.std() == pytest.approx(1 / 5, rel=0.1)
+
+
+@pytest.mark.parametrize("clipping", CLIPS)
+@pytest.mark.parametrize("micro", [1, 2, 64])
+def test_an_image_whose_gradient_is_not_finite_counts_as_nothing(clipping, micro):
+    model, state, x, y = problem()
+    x[3, 0, 5, 5] = math.nan
+    mechanism = DPSGD(0.0, 1.0, 0.3, clipping, micro)
+    rest = [0, 1, 2, 4]
+    found, expected = (released(mechanism, (model, state, *part), n=1) for part in ((x, y), (x[rest], y[rest])))
+    assert S.finite(found) and S.norm(S.sub(found, expected)) < 1e-12 * S.norm(expected)
+
+
+def in_one_pass(problem, sizes, micro, broken=None):
+    """The gradients of clients with so many images each, every client with factors and noise of its own."""
+    model, state, x, y = problem
+    states = S.stack([S.scale(state, 1 + 0.1 * k) for k in range(len(sizes))])
+    rows = torch.arange(sum(sizes)) % N
+    x, y = x[rows], y[rows]
+    if broken is not None:
+        x[broken] = math.inf
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    mechanism = DPSGD(1.0, 0.5, 0.3, micro=micro)
+    members = [Guarded(mechanism, 10, Seeded(generator("noise", k))) for k in range(len(sizes))]
+    group = GuardedGroup(members, [lambda step, part=part: part for part in parts])
+    return group.gradient(model, states, segmentation_loss, *group.batches(1), list(state))
+
+
+@pytest.mark.parametrize("sizes", [(2, 0, 5, 1), (0, 0, 0), (1, 1, 1)])
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_clients_in_one_pass_hold_at_most_micro_images_and_end_alike(sizes, micro, monkeypatch):
+    whole, held = in_one_pass(problem(), sizes, 64), []
+
+    def watched(model, state, loss, x, *rest):
+        held.append(len(x))
+        return per_sample_gradients(model, state, loss, x, *rest)
+
+    monkeypatch.setattr(dpsgd, "per_sample_gradients", watched)
+    parts = in_one_pass(problem(), sizes, micro)
+    assert max(held) <= micro and sum(held) == sum(sizes)
+    assert S.norm(S.sub(parts, whole)) < 1e-12 * S.norm(whole)
+
+
+@pytest.mark.parametrize("micro", [2, 64])
+def test_one_clients_broken_image_is_not_seen_by_any_client(micro):
+    clean, broken = in_one_pass(problem(), (2, 3, 2), micro), in_one_pass(problem(), (2, 3, 2), micro, broken=3)
+    assert S.finite(broken)
+    for k, equal in enumerate((True, False, True)):
+        moved = S.norm(S.sub(S.unstack(broken)[k], S.unstack(clean)[k]))
+        assert moved < 1e-12 if equal else 1e-6 < moved <= 0.3 / 5 * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(

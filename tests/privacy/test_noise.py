@@ -51,8 +51,8 @@ def test_a_bad_deviation_is_named(std):
         add_noise({"a": torch.zeros(1)}, std, Secure())
 
 
-def test_a_poisson_sample_has_every_record_with_its_own_coin():
-    rng = generator("poisson")
+@pytest.mark.parametrize("rng", [generator("poisson"), None], ids=["seeded", "secure"])
+def test_a_poisson_sample_has_every_record_with_its_own_coin(rng):
     draws = torch.zeros(4000, 40)
     for row in draws:
         row[poisson(40, 0.3, rng)] = 1
@@ -61,9 +61,23 @@ def test_a_poisson_sample_has_every_record_with_its_own_coin():
     assert torch.corrcoef(draws.T).sub(torch.eye(40)).abs().max() < 0.09, "coins are independent"
 
 
+def test_without_a_generator_no_sample_comes_again():
+    seeded = [poisson(200, 0.5, generator(1)) for _ in range(2)]
+    assert torch.equal(*seeded), "the same seed, the same records"
+    assert torch.equal(
+        seeded[0], torch.nonzero(torch.rand(200, generator=generator(1), dtype=torch.float64) < 0.5)[:, 0]
+    )
+    secret = set()
+    for _ in range(20):
+        torch.manual_seed(0)  # nor is it torch's own generator
+        secret.add(tuple(poisson(200, 0.5, None).tolist()))
+    assert len(secret) == 20
+
+
 def test_the_ends_are_nobody_and_everybody():
     assert len(poisson(10, 0.0, generator(0))) == 0 and poisson(10, 1.0, generator(0)).tolist() == list(range(10))
     assert rate(8, 40) == 0.2
+    assert len(poisson(10, 0.0, None)) == 0 and poisson(10, 1.0, None).tolist() == list(range(10))
     for bad in (lambda: poisson(5, 1.1, generator(0)), lambda: rate(0, 5), lambda: rate(6, 5)):
         with pytest.raises(FedloraError):
             bad()

@@ -29,6 +29,7 @@ class Claim:
     matched: str = "rounds, local steps, batches, initial weights, data, adapter and rank"
     not_matched: str = "bytes sent"
     shots: int = 0
+    apart: bool = False  # the terms are of different data: each has its own score, and is averaged over its sites
 
     def title(self, name: str) -> str:
         """An arm's name for the reader."""

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora_mini.errors import FedloraError, unknown
+from fedlora_mini.experiments.arms import arm_of
 from fedlora_mini.experiments.claims.claim import Claim
 from fedlora_mini.experiments.claims.table import CLAIMS
 from fedlora_mini.experiments.fewshot import report as fewshot
-from fedlora_mini.experiments.report import arms, read_results, table_of
+from fedlora_mini.experiments.report import Result, arms, metric_of, privacy, read_results, table_of
 from fedlora_mini.experiments.stats import Difference, holm, paired_difference
 
 LEVEL = 0.05
@@ -44,6 +45,7 @@ class Verdict:
             lines.append(f"| measured | {d.mean:+.4f}, 95 % interval [{d.low:+.4f}, {d.high:+.4f}]{p} |")
             what, where = ("splits", "task") if claim.shots else ("seeds", "site")
             lines.append(f"| paired over | {d.seeds} {what} × {d.sites} {where}{'s' if d.sites > 1 else ''} |")
+        lines += [f"| privacy | {line} |" for line in _budgets(claim)]
         lines += [
             f"| matched | {claim.matched} |",
             f"| not matched | {claim.not_matched} |",
@@ -52,12 +54,36 @@ class Verdict:
         return "\n".join(lines)
 
 
+def _budgets(claim: Claim) -> list[str]:
+    """What the epsilon of the claim's private arms depends on: one line for all, or one for each arm."""
+    folder = results_folder()
+    if folder is None or claim.shots or not all((folder / file).is_file() for file in claim.files):
+        return []
+    told = {}
+    for arm, file in claim.parts(claim.a) + claim.parts(claim.b):
+        stored = _stored(folder, f"{file}.jsonl")
+        of = privacy([r for r in stored if arm_of(r["config"]) == arm])
+        told[claim.title(f"{arm}@{file}")] = ", ".join(f"{name}: {value}" for name, value in of.items())
+    lines = set(told.values()) - {""}
+    return sorted(lines) if len(lines) < 2 else [f"{arm}: {line}" for arm, line in told.items()]
+
+
 def results_folder() -> Path | None:
     """The repository's `results/`: $FEDLORA_RESULTS, or above the working folder, or beside the package's sources."""
     named = os.environ.get("FEDLORA_RESULTS")
     places = [Path(named)] if named else [p / "results" for p in (Path.cwd(), *Path.cwd().parents)]
     places.append(Path(__file__).parents[3] / "results")
     return next((p for p in places if p.is_dir()), None)
+
+
+def _stored(folder: Path, file: str) -> list[Result]:
+    """A file's results, read once as long as it is not written again."""
+    return _read(folder / file, (folder / file).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=128)
+def _read(path: Path, written: int) -> list[Result]:
+    return read_results([path])
 
 
 def _difference(claim: Claim) -> Difference | None:
@@ -72,18 +98,18 @@ def _measured(claim: Claim, folder: Path, written: tuple[int, ...]) -> Differenc
     """Computed once for files that were last `written` then; None while a file lacks one of the arms."""
 
     if not claim.shots and any(
-        arm not in arms(read_results([folder / f"{file}.jsonl"]))
-        for arm, file in claim.parts(claim.a) + claim.parts(claim.b)
+        arm not in arms(_stored(folder, f"{file}.jsonl")) for arm, file in claim.parts(claim.a) + claim.parts(claim.b)
     ):
         return None
 
     def read(text: str) -> NDArray[np.float64]:
         if claim.shots:
-            return fewshot.table_of(read_results([folder / claim.results]), text, claim.shots, claim.metric)
-        tables = [
-            table_of(read_results([folder / f"{file}.jsonl"]), arm, claim.protocol, claim.metric)
-            for arm, file in claim.parts(text)
-        ]
+            return fewshot.table_of(_stored(folder, claim.results), text, claim.shots, claim.metric)
+        tables = []
+        for arm, file in claim.parts(text):
+            stored = _stored(folder, f"{file}.jsonl")
+            own = table_of(stored, arm, claim.protocol, metric_of(stored) if claim.apart else claim.metric)
+            tables.append(own.mean(1, keepdims=True) if claim.apart else own)
         if len({table.shape for table in tables}) > 1:
             raise FedloraError(f"'{text}' has not the same seeds and sites in every term")
         return tables[0] - sum(tables[1:])

@@ -29,8 +29,10 @@ def _private(
     source: str = LA,
     matched: str = SAME,
     not_matched: str = "bytes sent, numbers noised in a step",
+    **more: Any,
 ) -> Claim:
-    return Claim(text, a, b, f"private_{part}.jsonl", sign, protocol, metric, margin, source, matched, not_matched)
+    file = f"private_{part}.jsonl"
+    return Claim(text, a, b, file, sign, protocol, metric, margin, source, matched, not_matched, **more)
 
 
 CELLS = {
@@ -111,6 +113,39 @@ PRIVACY: dict[str, Claim] = {
             (PERMUTED, "-over-permuted", "along the features' own order beats a permuted order, with"),
             (RESCALED, "-over-rescaled", "beats a gradient that is only made as short, with"),
         )
+    },
+    # the interaction: convolutions' kernels are the only smooth gradients here, and only the phantom's network has some
+    **{
+        f"filter-{name}{suffix}-phantom": _private(
+            f"Segmenting the phantom, the low-pass filter {text} {title}.",
+            f"{arm}{LOW}",
+            f"{arm}{other}",
+            "phantom",
+            source="",
+            not_matched="nothing but the filter",
+            **SITES,
+        )
+        for arm, name, title in (("la_lora", "la", "LA-LoRA"), ("fedit", "dplora", "DP-LoRA"))
+        for other, suffix, text in (
+            (PERMUTED, "-over-permuted", "along the features' own order beats a permuted order, with"),
+            (RESCALED, "-over-rescaled", "beats a gradient that is only made as short, with"),
+        )
+    },
+    **{
+        f"filter-{name}-interaction": _private(
+            f"What the features' own order is worth to the filter, {title}: more on the phantom, whose network has "
+            "kernels, than on the digits, whose gradients are white.",
+            f"{arm}{LOW}@private_phantom - {arm}{PERMUTED}@private_phantom",
+            f"{arm}{LOW}@private_main - {arm}{PERMUTED}@private_main",
+            "phantom",
+            metric="score",
+            margin=0.005,
+            source="",
+            matched="seeds; within each set all but the filter's order",
+            not_matched="network, task and score (Dice on the phantom, accuracy on the digits)",
+            apart=True,
+        )
+        for arm, name, title in (("la_lora", "la", "LA-LoRA"), ("fedit", "dplora", "DP-LoRA"))
     },
     "filter-over-doppler": _private(
         "Smoothing along features beats smoothing along time (DOPPLER), on DP-LoRA.",
@@ -205,6 +240,19 @@ PRIVACY: dict[str, Claim] = {
         not_matched="nothing but the filter",
         **SITES,
     ),
+    **{
+        f"la-over-dplora-half-{where}": _private(
+            f"Segmenting {what}, LA-LoRA also beats DP-LoRA with K/2 steps.",
+            "la_lora",
+            f"fedit@private_{where}_half",
+            where,
+            source="",
+            matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
+            not_matched="local steps, bytes per step, numbers noised in a step",
+            **SITES,
+        )
+        for where, what in (("phantom", "the phantom"), ("nuclei", "nuclei"))
+    },
     "la-over-rolora-nuclei": _private(
         "Segmenting nuclei, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "nuclei", **SITES
     ),

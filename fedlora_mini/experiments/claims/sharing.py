@@ -18,9 +18,24 @@ def _cell(
     return Claim(text, a, b, f"factorial_{cell}.jsonl", sign, protocol, source=source, not_matched=not_matched)
 
 
-def _sor(text: str, metric: str, sign: int = -1, protocol: str = "leakage", margin: float = 0.01) -> Claim:
+# What counts as no difference in leakage: a tenth of what IAT without SOR has above chance in sor_both.jsonl, M2
+# 0.0085 - 0.0003, M3 0.0148 - 0.0010, the probe 0.969 - 0.250. These three are registered anew: before, the margin was
+# 0.01 for all, more than the whole of M2, so that no fall could have counted. For M7: a tenth of its level with IAT in
+# counterfactual.jsonl, 0.154 by another order of the batches; set before the runs with SOR were made.
+TENTH = {"leak_cos2": 0.0008, "leak_explained": 0.0014, "site_probe": 0.072, "m7": 0.015}
+
+
+def _sor(
+    text: str,
+    metric: str,
+    sign: int = -1,
+    protocol: str = "leakage",
+    margin: float | None = None,
+    results: str = "sor_both.jsonl",
+) -> Claim:
     a, b, matched = "iat_sor:form=exact,lam=0.01", "iat", "rounds, steps, batches, initial weights, data, rank, bytes"
-    return Claim(text, a, b, "sor_both.jsonl", sign, protocol, metric, margin, "zhao2026iat", matched, "nothing")
+    margin = TENTH[metric] if margin is None else margin
+    return Claim(text, a, b, results, sign, protocol, metric, margin, "zhao2026iat", matched, "nothing")
 
 
 AVERAGING: dict[str, Claim] = {
@@ -147,7 +162,15 @@ TWO_BY_TWO: dict[str, Claim] = {
     "sor-lowers-m3": _sor(
         "SOR lowers the share of the common change that lies in the span of the sites' own ones.", "leak_explained"
     ),
-    "sor-lowers-probe": _sor("SOR makes sites harder to tell from their updates of the shared factor.", "site_probe"),
+    "sor-lowers-probe": _sor(
+        "SOR makes sites harder to tell from their updates of the shared factor (without it 97 % are told: a ceiling).",
+        "site_probe",
+    ),
+    "sor-lowers-m7": _sor(
+        "SOR lowers leakage by its definition: how far one site's shifts move the shared factors.",
+        "m7",
+        results="counterfactual.jsonl",
+    ),
     "sor-lowers-swap-drop": _sor(
         "With SOR a site loses less with another site's private factors.", "swap_drop", margin=MARGIN
     ),

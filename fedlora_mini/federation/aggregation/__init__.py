@@ -1,6 +1,6 @@
 """How the server combines what travels: one rule a file."""
 
-from fedlora_mini.federation.aggregation.error import aggregation_error
+from fedlora_mini.federation.aggregation.error import AggregationError, aggregation_error
 from fedlora_mini.federation.aggregation.fair import Fair
 from fedlora_mini.federation.aggregation.masked import masked
 from fedlora_mini.federation.aggregation.mean import mean
@@ -18,6 +18,7 @@ from fedlora_mini.federation.aggregation.uniform import uniform
 from fedlora_mini.federation.aggregation.weighted import weighted
 
 __all__ = [
+    "AggregationError",
     "Fair",
     "FedAdam",
     "FedAvgM",

@@ -26,6 +26,9 @@ class Nova:
 
     Equal to the mean with weights w_k / a_k, and a step of κ = (sum_k p_k a_k)(sum_k p_k / a_k) >= 1 from the server's
     tensors to it; κ = 1 at equal steps. For clients with SGD: τ_k = `update.steps`, `momentum` is their ρ.
+
+    At equal steps, a run's default, it is the mean: give `passes`, for steps by each client's own data, and `optimiser`
+    "sgd". After Adam's steps, whose length is not that of the gradients, it is no more than a mean by number of steps.
     """
 
     momentum: float = 0.0

@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 
 from fedlora_mini import state as S
-from fedlora_mini.errors import FedloraError
+from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.exchange import OWN, Update, is_model
 from fedlora_mini.federation.sampling import generator
+from fedlora_mini.privacy.clip import CLIPS, clip_sum, norms
 from fedlora_mini.privacy.noise import Secure, Seeded, Source, add_noise
 from fedlora_mini.state import State
 
@@ -27,6 +28,7 @@ class ClientDP:
     quantile: None keeps C; else C follows that quantile of the clients' norms, C <- C exp(-eta (b - quantile)) with b
     the noised share of clients that were not clipped. The count's noise has deviation m/20, and the sum's multiplier is
     raised to (sigma^-2 - (m/10)^-2)^-1/2, so that both together cost what sigma costs. Andrew et al. 2021, theorem 1.
+    clipping: see `clip_sum`; a change that is not finite counts as 0. A quantile needs "flat", which has one norm.
     """
 
     sigma: float = 1.0
@@ -36,8 +38,10 @@ class ClientDP:
     eta: float = 0.2
     seed: int = 0
     secure: bool = False
+    clipping: str = "flat"
     label: ClassVar[str] = "clipped changes, noise"
     empty: ClassVar[bool] = True  # a round in which nobody was drawn is one as well
+    silent: ClassVar[bool] = True  # what is told beside the noised mean would tell of single clients
 
     def __post_init__(self) -> None:
         for name in ("clients", "C", "eta"):
@@ -45,6 +49,10 @@ class ClientDP:
                 raise FedloraError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.sigma >= 0:
             raise FedloraError(f"the noise multiplier sigma must be at least 0, got {self.sigma}")
+        if self.clipping not in CLIPS:
+            raise unknown("way to clip", self.clipping, CLIPS)
+        if self.quantile is not None and self.clipping != "flat":
+            raise FedloraError(f"a quantile of the clients' norms needs clipping 'flat', got '{self.clipping}'")
         if self.quantile is not None and not 0 < self.quantile < 1:
             raise FedloraError(f"the quantile of the clients' norms must be in (0, 1), got {self.quantile}")
         if self.quantile is not None and self.sigma >= 2 * self.count_noise:
@@ -71,10 +79,9 @@ class ClientDP:
         now = {name: value.double() for name, value in server.items() if is_model(name)}
         total, inside = S.scale(now, 0.0), 0.0
         for update in updates:
-            change = S.sub({name: update.state[name].double() for name in now}, now)
-            norm = S.norm(change)
-            inside += 0.5 if norm <= C else -0.5  # of sensitivity 1/2, as nobody knows how many were drawn
-            total = S.add(total, change, min(1.0, C / norm) if norm else 1.0)
+            change = {name: (update.state[name].double() - value)[None] for name, value in now.items()}  # one row
+            inside += 0.5 if float(norms(change)) <= C else -0.5  # of sensitivity 1/2: nobody knows how many were drawn
+            total = S.add(total, clip_sum(change, C, self.clipping))
         source: Source = Secure() if self.secure else Seeded(generator(self.seed, round, "server noise"))
         moved = S.add(now, add_noise(total, self.sum_sigma * C, source), 1 / self.clients)
         out = {name: value.to(server[name].dtype) for name, value in moved.items()}

@@ -1,8 +1,12 @@
-"""u_k <- keep u_k + (1 - keep) w_k: every client keeps a moving average of what it trains. IOP-FL, Jiang et al. 2023.
+"""u_k <- keep u_k + (1 - keep) w_k: a client keeps a moving average of what it trains. Part of IOP-FL, Jiang 2023.
 
-A site that never trained gets a mixture Σ_k π_k u_k, with π fitted to its unlabelled images: 10 x entropy of the
-prediction + 0.1 x its change under mirroring. The public code routes layer by layer, adapts norms too and smooths
-shapes; it has u <- alpha u + (1 - alpha) w with alpha = 0.1, so the average forgets fast. `keep` is what stays of u.
+A site that never trained gets a mixture Σ_k π_k u_k of whole models, with π fitted to its unlabelled images: 10 x
+entropy of the prediction + 0.1 x its change under mirroring. That is not yet the paper's adaptation to a new site
+(methods.md 8.3). Its public code also routes layer by layer, by the image, adapts the norms and smooths shapes: all
+three are absent here. Its Adam has the rate 1e-3; ten steps of that move a logit of π by about 0.01, so π would stay
+1/K within 2 %. Here π is all that is fitted, at the rate 0.1.
+
+The public code has u <- alpha u + (1 - alpha) w with alpha = 0.1: the average forgets fast. `keep` is what stays of u.
 """
 
 from collections.abc import Sequence
@@ -44,7 +48,7 @@ class MovingAverage(Work):
     rate: float = 0.1
     images: int = 16
 
-    notes = (AVERAGE,)
+    notes = personal_notes = (AVERAGE,)
 
     @property
     def label(self) -> str:  # type: ignore[override]

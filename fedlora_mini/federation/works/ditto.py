@@ -16,7 +16,7 @@ class Ditto(Work):
 
     lam: float = 0.1
 
-    notes = (PERSONAL,)
+    notes = personal_notes = (PERSONAL,)
 
     @property
     def label(self) -> str:  # type: ignore[override]

@@ -14,7 +14,7 @@ PAIR = "~pair/"
 class OwnPair(Work):
     """For rules that take a client's pair and offer it something else (`aggregation.others`)."""
 
-    notes = (PAIR,)
+    notes = personal_notes = (PAIR,)
     label = "goes on from its own A and B"
 
     def round(self, client: Member, round: int) -> tuple[State, float, State]:

@@ -120,6 +120,8 @@ def directions(scores: State, tau: float) -> State:
 class ResFIM(Work):
     """score: a row of SCORES. level: "entry", or "direction" for LoRA. The first `warmup` rounds are FedAvg.
 
+    warmup: 1, the least, since styles are known from the second round on. The card has 5 (ours, not the paper's, whose
+    number we do not know); of the stored runs' 8 rounds that would leave 3 with masks. No run with 5 is stored.
     once: the first mask stays for good, as the lottery's does; else each round draws its own.
     """
 
@@ -134,7 +136,7 @@ class ResFIM(Work):
     once: bool = False
 
     messages = (f"*{MASK}", STYLE)
-    notes = (SENSITIVE, HOME)
+    notes = personal_notes = (SENSITIVE, HOME)
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
