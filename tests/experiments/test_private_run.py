@@ -56,8 +56,8 @@ def test_a_run_stops_before_the_round_that_its_budget_does_not_allow(tmp_path):
     assert result["privacy"]["epsilon"] == two
 
 
-def test_a_killed_run_goes_on_with_the_ledger_that_it_had(tmp_path, monkeypatch):
-    whole = run(config(), tmp_path / "whole")
+def kill_after_two_rounds(own, folder, monkeypatch):
+    """Leave the folder of a run that was interrupted behind its second checkpoint."""
     save, saved = runs.save_checkpoint, []
 
     def kill(*args):
@@ -66,10 +66,14 @@ def test_a_killed_run_goes_on_with_the_ledger_that_it_had(tmp_path, monkeypatch)
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "save_checkpoint", kill)
-    with pytest.raises(KeyboardInterrupt):
-        run(config(), tmp_path / "killed")
-    monkeypatch.setattr(runs, "save_checkpoint", save)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "save_checkpoint", kill)
+        run(own, folder)
+
+
+def test_a_killed_run_goes_on_with_the_ledger_that_it_had(tmp_path, monkeypatch):
+    whole = run(config(), tmp_path / "whole")
+    kill_after_two_rounds(config(), tmp_path / "killed", monkeypatch)
     again = run(config(), tmp_path / "killed")
     assert again["final_sha256"] == whole["final_sha256"] and again["privacy"] == whole["privacy"]
 
@@ -153,18 +157,7 @@ def test_a_secure_run_draws_other_clients_every_time(secure):
 def test_a_killed_secure_run_goes_on_with_its_account_and_other_numbers(tmp_path, monkeypatch, unit):
     whole = run(config(secure=True, unit=unit), tmp_path / "whole")
     assert whole["final_sha256"] != run(config(secure=True, unit=unit), tmp_path / "again")["final_sha256"]
-    save, saved = runs.save_checkpoint, []
-
-    def kill(*args):
-        save(*args)
-        saved.append(args)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs, "save_checkpoint", kill)
-    with pytest.raises(KeyboardInterrupt):
-        run(config(secure=True, unit=unit), tmp_path / "killed")
-    monkeypatch.setattr(runs, "save_checkpoint", save)
+    kill_after_two_rounds(config(secure=True, unit=unit), tmp_path / "killed", monkeypatch)
     assert run(config(secure=True, unit=unit), tmp_path / "killed")["privacy"] == whole["privacy"]
 
 

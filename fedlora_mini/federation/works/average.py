@@ -64,6 +64,7 @@ class MovingAverage(Work):
         return state | client.recall(AVERAGE)
 
     def newcomer(self, state: State, clients: Sequence[Member], images: Tensor) -> State:
+        """Σ_k π_k u_k, with π fitted to the site's images without masks; the common model if no site has a u_k."""
         averages = [u for client in clients if (u := client.recall(AVERAGE))]
         if not averages:
             return state
