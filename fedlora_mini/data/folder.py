@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fedlora_mini.data.base import IGNORE, Dataset, Site, Split
 from fedlora_mini.data.check import Report, examine
 from fedlora_mini.data.fetch import home
 from fedlora_mini.data.layout import open_layout
-from fedlora_mini.data.seeds import numpy_generator
+from fedlora_mini.data.seeds import split_draws
 from fedlora_mini.data.splits import GROUPINGS, split_groups, split_items
 from fedlora_mini.data.store import load_npz, save_npz
 from fedlora_mini.errors import FedloraError, unknown
@@ -43,13 +43,14 @@ def load_folder(
     ignore: int | None = None,
     skip_broken: bool = False,
     use_cache: bool = True,
+    test_seed: int | None = None,
 ) -> Dataset:
     """A data set from a folder or zip; images squeezed to size x size, grey copied to three channels.
 
     grouping: "contiguous" or "random" for sites without `group`. slices: of a volume, those with foreground, or all.
     ignore: the stored label that nobody should be judged on. skip_broken: leave out what cannot be used, with a warning
     for each; otherwise any problem is an error. Labels are numbered 1, 2, ... in the order of their stored values; 0/1
-    and 0/255 both mean background and foreground.
+    and 0/255 both mean background and foreground. test_seed: see `split_draws`.
     """
     if grouping not in GROUPINGS:
         raise unknown("grouping", grouping, GROUPINGS)
@@ -69,7 +70,7 @@ def load_folder(
         stems = [str(data["stems"][i]) for i in data["stem"][rows]]
         pattern = group.get(name) if isinstance(group, Mapping) else group
         try:
-            parts = split_stems(stems, numpy_generator(seed, number), grouping, pattern)
+            parts = split_stems(stems, split_draws(seed, number, test_seed=test_seed), grouping, pattern)
         except FedloraError as error:
             raise FedloraError(f"site '{name}' of {path}: {error}") from error
         record: dict[str, Any] = {
@@ -91,12 +92,14 @@ def load_folder(
     )
 
 
-def split_stems(stems: list[str], rng: np.random.Generator, grouping: str, pattern: str | None) -> list[list[int]]:
+def split_stems(
+    stems: list[str], draws: Sequence[np.random.Generator], grouping: str, pattern: str | None
+) -> list[list[int]]:
     """[train, val, test] rows: whole groups if a pattern names them, else whole files, contiguous or at random."""
     if pattern:
-        return split_groups([group_of(stem, pattern) for stem in stems], rng)
+        return split_groups([group_of(stem, pattern) for stem in stems], *draws)
     files = list(dict.fromkeys(stems))  # in natural order, each once
-    chosen = [{files[i] for i in part} for part in split_items(len(files), rng, grouping)]
+    chosen = [{files[i] for i in part} for part in split_items(len(files), *draws, grouping=grouping)]
     return [[row for row, stem in enumerate(stems) if stem in part] for part in chosen]
 
 

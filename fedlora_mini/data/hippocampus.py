@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from fedlora_mini.data.base import Dataset, Site, Split
 from fedlora_mini.data.fetch import home, mirror, names_digest, obtain, sha256, tar_files
-from fedlora_mini.data.seeds import numpy_generator
+from fedlora_mini.data.seeds import split_draws
 from fedlora_mini.data.splits import split_groups
 from fedlora_mini.data.store import load_npz, save_npz
 from fedlora_mini.errors import FedloraError
@@ -203,11 +203,11 @@ def person(case: str) -> str:
     return str((int(case) + 1) // 2)
 
 
-def load_hippocampus(size: int = 64, seed: int = 0, *, cube: bool = False) -> Dataset:
+def load_hippocampus(size: int = 64, seed: int = 0, *, cube: bool = False, test_seed: int | None = None) -> Dataset:
     """One site, split 70/15/15 by `person`; images (N, 3, 3/4 size, size, 3/4 size), the grey values three times.
 
     cube: pad every side to `size` with zeros, for networks that want cubes (unetr3d at 32, swin_unetr3d at 64).
-    Prepares from a local archive if there is one; never downloads.
+    test_seed: see `split_draws`. Prepares from a local archive if there is one; never downloads.
     """
     path = prepared(size)
     if not path.is_file():
@@ -224,7 +224,7 @@ def load_hippocampus(size: int = 64, seed: int = 0, *, cube: bool = False) -> Da
         pads = [part for side in reversed(box(size)) for part in ((size - side) // 2, (size - side + 1) // 2)]
         images, masks = F.pad(images, pads), F.pad(masks, pads)
     cases, skipped = data["cases"].tolist(), data["skipped"].tolist()
-    parts = split_groups([person(case) for case in cases], numpy_generator(seed))
+    parts = split_groups([person(case) for case in cases], *split_draws(seed, test_seed=test_seed))
     record = {
         "origin": "real",
         "voxel_mm": max(BOX) / size,

@@ -26,7 +26,7 @@ import torch
 
 from fedlora_mini.data.base import Dataset, Site, Split
 from fedlora_mini.data.fetch import home, members, mirror, names_digest, obtain, own_folder, sha256
-from fedlora_mini.data.seeds import numpy_generator
+from fedlora_mini.data.seeds import split_draws
 from fedlora_mini.data.splits import split_groups
 from fedlora_mini.data.store import load_npz, pack, save_npz, unpack
 from fedlora_mini.errors import FedloraError
@@ -169,16 +169,16 @@ def ready(size: int = 64) -> bool:
     return prepared(size).is_file() or (home() / ARCHIVE).is_file() or mirror(ARCHIVE) is not None
 
 
-def split_patients(patients: list[str], rng: np.random.Generator) -> list[list[int]]:
+def split_patients(patients: list[str], *draws: np.random.Generator) -> list[list[int]]:
     """[train, val, test] rows with every patient whole; a single patient's slices in halves, without validation."""
     if len(set(patients)) == 1:
         half = len(patients) // 2
         return [list(range(half)), [], list(range(half, len(patients)))]
-    return split_groups(patients, rng)
+    return split_groups(patients, *draws)
 
 
-def load_lgg(size: int = 64, seed: int = 0) -> Dataset:
-    """Five institutions, split 70/15/15 by patient; the grey value three times as channels."""
+def load_lgg(size: int = 64, seed: int = 0, *, test_seed: int | None = None) -> Dataset:
+    """Five institutions, split 70/15/15 by patient; the grey value thrice as channels. test_seed: `split_draws`."""
     path = prepared(size)
     if not path.is_file():
         if not ready(size):
@@ -196,7 +196,7 @@ def load_lgg(size: int = 64, seed: int = 0) -> Dataset:
         if len(rows) == 0:
             continue
         patients = data["patient"][rows].tolist()
-        parts = split_patients(patients, numpy_generator(seed, number))
+        parts = split_patients(patients, *split_draws(seed, number, test_seed=test_seed))
         grey = [images[rows[part]].float() / 255 for part in parts]  # (n, H, W)
         train, val, test = splits = [
             Split(values[:, None].expand(-1, 3, -1, -1), masks[rows[part]])

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fedlora_mini.data.base import Dataset, Site, Split, check_size
 from fedlora_mini.data.fetch import expect_commit, home, members, mirror, obtain_packed, sha256
-from fedlora_mini.data.seeds import numpy_generator
+from fedlora_mini.data.seeds import split_draws
 from fedlora_mini.data.splits import natural, split_groups
 from fedlora_mini.data.store import load_npz, pack, save_npz, unpack
 from fedlora_mini.errors import FedloraError, unknown
@@ -125,17 +125,18 @@ def raters(size: int = SIDE) -> tuple[Tensor, Tensor, list[str]]:
     return torch.from_numpy(data["images"])[:, None].float() / 255, torch.from_numpy(masks), patients
 
 
-def load_lidc(size: int = 64, seed: int = 0, *, target: str = "majority") -> Dataset:
+def load_lidc(size: int = 64, seed: int = 0, *, target: str = "majority", test_seed: int | None = None) -> Dataset:
     """One site, split 70/15/15 by patient; images (N, 3, size, size), the grey values three times.
 
     target: "majority" (at least two of the four, the 50 % consensus usual for this set), "union", "intersection", or
-    one reader of each slice, "rater0".."rater3". Prepares from a local archive if there is one; never downloads.
+    one reader of each slice, "rater0".."rater3". Prepares from a local archive if there is one; never
+    downloads. test_seed: see `split_draws`.
     """
     if target not in TARGETS:
         raise unknown("target", target, TARGETS)
     images, four, patients = raters(size)
     masks = (four.sum(1) >= VOTES[target]).to(torch.uint8) if target in VOTES else four[:, int(target[-1])]
-    parts = split_groups(patients, numpy_generator(seed))
+    parts = split_groups(patients, *split_draws(seed, test_seed=test_seed))
     record = {
         "origin": "real",
         "target": target,

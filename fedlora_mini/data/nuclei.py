@@ -17,7 +17,7 @@ import torch
 
 from fedlora_mini.data.base import Dataset, Site, Split
 from fedlora_mini.data.fetch import content_digest, home, members, mirror, obtain, sha256
-from fedlora_mini.data.seeds import numpy_generator
+from fedlora_mini.data.seeds import numpy_generator, split_draws
 from fedlora_mini.data.splits import split_groups
 from fedlora_mini.data.store import load_npz, pack, save_npz, unpack
 from fedlora_mini.errors import FedloraError
@@ -133,8 +133,11 @@ def ready(size: int = 64) -> bool:
     return prepared(size).is_file() or (home() / ARCHIVE).is_file() or mirror(ARCHIVE) is not None
 
 
-def load_nuclei(size: int = 64, seed: int = 0) -> Dataset:
-    """All six domains, split 70/15/15 by image. Prepares from a local archive if there is one; never downloads."""
+def load_nuclei(size: int = 64, seed: int = 0, *, test_seed: int | None = None) -> Dataset:
+    """All six domains, split 70/15/15 by image. Prepares from a local archive if there is one; never downloads.
+
+    test_seed: see `split_draws`.
+    """
     path = prepared(size)
     if not path.is_file():
         if not ready(size):
@@ -152,7 +155,7 @@ def load_nuclei(size: int = 64, seed: int = 0) -> Dataset:
         if len(rows) == 0:
             continue
         owners = [str(data["ids"][i]) for i in data["image"][rows]]
-        parts = [rows[part] for part in split_groups(owners, numpy_generator(seed, number))]
+        parts = [rows[part] for part in split_groups(owners, *split_draws(seed, number, test_seed=test_seed))]
         record = {
             "origin": "real",
             "domain": domain,

@@ -29,7 +29,7 @@ import torch
 from fedlora_mini.data.base import Dataset, Site, Split
 from fedlora_mini.data.fetch import home, mirror, names_digest, obtain, own_folder, safe_name, sha256
 from fedlora_mini.data.layout import Layout
-from fedlora_mini.data.seeds import numpy_generator
+from fedlora_mini.data.seeds import split_draws
 from fedlora_mini.data.splits import natural, split_groups, split_items
 from fedlora_mini.data.store import load_npz, pack, save_npz, unpack
 from fedlora_mini.errors import FedloraError
@@ -187,16 +187,19 @@ def position(site: str, stem: str) -> tuple[float, list[tuple[int, int, str]]]:
     return float(np.interp(number, SECOND_SERIES, FIRST_SERIES)), natural(stem)
 
 
-def split_frames(site: str, stems: list[str], rng: np.random.Generator) -> list[list[int]]:
+def split_frames(site: str, stems: list[str], *draws: np.random.Generator) -> list[list[int]]:
     """[train, val, test] rows of a hospital's frames: whole groups where names tell them, else contiguous blocks."""
     if site in GROUPS:
-        return split_groups([group_of(site, stem) for stem in stems], rng)
+        return split_groups([group_of(site, stem) for stem in stems], *draws)
     order = sorted(range(len(stems)), key=lambda row: position(site, stems[row]))
-    return [sorted(order[i] for i in part) for part in split_items(len(stems), rng)]
+    return [sorted(order[i] for i in part) for part in split_items(len(stems), *draws)]
 
 
-def load_polypgen(size: int = 64, seed: int = 0) -> Dataset:
-    """Six hospitals, split 70/15/15. Prepares from a local archive if there is one; never downloads."""
+def load_polypgen(size: int = 64, seed: int = 0, *, test_seed: int | None = None) -> Dataset:
+    """Six hospitals, split 70/15/15. Prepares from a local archive if there is one; never downloads.
+
+    test_seed: see `split_draws`.
+    """
     path = prepared(size)
     if not path.is_file():
         if not ready(size):
@@ -212,7 +215,7 @@ def load_polypgen(size: int = 64, seed: int = 0) -> Dataset:
     for number, name in enumerate(data["sites"].tolist()):
         rows = np.flatnonzero(data["site"] == number)
         stems = data["stems"][rows].tolist()
-        parts = split_frames(name, stems, numpy_generator(seed, number))
+        parts = split_frames(name, stems, *split_draws(seed, number, test_seed=test_seed))
         train, val, test = splits = [Split(images[rows[p]].float() / 255, masks[rows[p]]) for p in parts]
         record: dict[str, Any] = {
             "origin": "real",

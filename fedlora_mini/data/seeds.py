@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from fedlora_mini.errors import FedloraError
+
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator seeded by a tuple of non-negative integers, e.g. (seed, site index, purpose)."""
@@ -13,3 +15,19 @@ def generator(*key: int) -> torch.Generator:
 def numpy_generator(*key: int) -> np.random.Generator:
     """The same for numpy: splits and permutations."""
     return np.random.default_rng(np.random.SeedSequence([int(k) for k in key]))
+
+
+def split_draws(seed: int, *key: int, test_seed: int | None = None) -> tuple[np.random.Generator, ...]:
+    """What a split is drawn from: the seed, and with a `test_seed` also what draws the test images.
+
+    Then those are the same at every seed, and a search on another seed's validation images never meets one.
+    """
+    held = () if test_seed is None else (numpy_generator(checked(test_seed), *key),)
+    return numpy_generator(seed, *key), *held
+
+
+def checked(test_seed: int) -> int:
+    """The number itself, or an error that says what one is."""
+    if isinstance(test_seed, bool) or not isinstance(test_seed, int) or test_seed < 0:
+        raise FedloraError(f"test_seed is a whole number of at least 0, or None; got {test_seed!r}")
+    return test_seed

@@ -25,7 +25,7 @@ import torch
 
 from fedlora_mini.data.base import Dataset, Site, Split, check_size
 from fedlora_mini.data.fetch import expect_commit, home, mirror, obtain_packed, safe_name, sha256
-from fedlora_mini.data.seeds import numpy_generator
+from fedlora_mini.data.seeds import split_draws
 from fedlora_mini.data.splits import split_groups
 from fedlora_mini.data.store import load_npz, pack, save_npz, unpack
 from fedlora_mini.errors import FedloraError
@@ -164,12 +164,12 @@ def ready(size: int = 64) -> bool:
     return prepared(size).is_file() or any((home() / a).is_file() or mirror(a) for a in (ARCHIVE, REPOSITORY))
 
 
-def load_vessels(size: int = 64, seed: int = 0, *, patch: bool = True) -> Dataset:
+def load_vessels(size: int = 64, seed: int = 0, *, patch: bool = True, test_seed: int | None = None) -> Dataset:
     """Two sites, split 70/15/15 by `person`, the same images in a split at every size.
 
     patch: tiles of `size` cut from the 256 px images, all of one in one split; False: whole images shrunk to `size`.
     The record holds the foreground share of the 256 px masks and of what was made of them. Prepares from a local
-    archive if there is one; never downloads.
+    archive if there is one; never downloads. test_seed: see `split_draws`.
     """
     path = prepared(size)
     if not path.is_file():
@@ -195,7 +195,7 @@ def load_vessels(size: int = 64, seed: int = 0, *, patch: bool = True) -> Datase
     sites = []
     for number, site in enumerate(SITES):
         own = [i for i, name in enumerate(names) if site_of(name) == site]
-        parts = split_groups([person(names[i]) for i in own], numpy_generator(seed, number))
+        parts = split_groups([person(names[i]) for i in own], *split_draws(seed, number, test_seed=test_seed))
         rows = [[own[i] for i in part] for part in parts]
         train, val, test = (split(part) for part in rows)
         record: dict[str, Any] = {

@@ -43,6 +43,14 @@ def test_the_seed_draws_the_parts():
         load("digits", size=8, val=700, test=700)
 
 
+def test_a_test_seed_holds_the_same_images_out_at_every_seed():
+    split = {seed: load("digits", size=8, seed=seed, test_seed=2).sites[0] for seed in (0, 1, 1000)}
+    held = load("digits", size=8, seed=2).sites[0].test
+    assert all(torch.equal(site.test.images, held.images) for site in split.values())
+    assert all(sum(len(rows(getattr(site, part))) for part in site.sizes()) == 1400 for site in split.values())
+    assert not rows(split[1000].val) & rows(split[0].test) and rows(split[0].val) != rows(split[1].val)
+
+
 def test_training_labels_are_dealt_unevenly_and_the_rest_evenly():
     data = load("digits", size=8)
     dealt = repartition(data, 8, 0.1, seed=0, by="label")

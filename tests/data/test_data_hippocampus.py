@@ -205,7 +205,7 @@ def test_preparing_twice_gives_the_same_arrays_without_pickle(small: Path) -> No
 
 
 def test_a_cube_fits_the_networks_that_want_one(small: Path) -> None:
-    assert options("hippocampus") == {"cube": False}
+    assert options("hippocampus") == {"cube": False, "test_seed": None}
     prepare("hippocampus", small, 32)
     plain, cube = (load("hippocampus", size=32, cube=value) for value in (False, True))
     assert cube.spatial == (32, 32, 32)

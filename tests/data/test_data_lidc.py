@@ -120,7 +120,7 @@ def test_half_the_size_averages_images_and_keeps_what_is_covered_by_half(packing
 
 @pytest.mark.parametrize("target", lidc.TARGETS)
 def test_a_target_is_what_so_many_raters_drew(target: str, packing: Path) -> None:
-    assert options("lidc") == {"target": "majority"}
+    assert options("lidc") == {"target": "majority", "test_seed": None}
     prepare("lidc", packing, 128)
     site = load("lidc", size=128, target=target).sites[0]
     rows = [i for i, nodule in enumerate(NODULES) if nodule.split("/")[0] in site.record["patients"]["train"]]

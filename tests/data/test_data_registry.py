@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 
 from fedlora_mini.data import DATASETS, IGNORE, Dataset, Site, Split, available, fetch, keep_classes, load, options
+from fedlora_mini.data.seeds import split_draws
 from fedlora_mini.data.splits import block_sizes, natural, split_groups, split_items
 from fedlora_mini.errors import FedloraError
 
@@ -96,7 +98,7 @@ def test_a_data_set_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize("n", [3, 4, 7, 20, 101])
 @pytest.mark.parametrize("grouping", ["contiguous", "random"])
 def test_splits_partition_the_items(n: int, grouping: str) -> None:
-    parts = split_items(n, np.random.default_rng(0), grouping)
+    parts = split_items(n, np.random.default_rng(0), grouping=grouping)
     assert sorted(i for part in parts for i in part) == list(range(n))
     assert [len(p) for p in parts] == list(block_sizes(n)) and min(len(p) for p in parts) >= 1
 
@@ -111,6 +113,45 @@ def test_group_splits_partition_and_never_cut_a_group(sizes: list[int]) -> None:
         assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
     if len(sizes) == 25:
         assert all(abs(len(part) - share) <= 4 for part, share in zip(parts, (70, 15, 15), strict=True))
+
+
+@pytest.mark.parametrize("grouping", ["contiguous", "random"])
+def test_items_to_test_are_those_of_the_test_seed_whatever_the_seed(grouping: str) -> None:
+    def parts(*draws: np.random.Generator) -> list[list[int]]:
+        return split_items(20, *draws, grouping=grouping)
+
+    for test_seed in range(4):
+        plain = parts(*split_draws(test_seed))
+        dealt = [parts(*split_draws(seed, test_seed=test_seed)) for seed in range(6)]
+        assert all(own[2] == plain[2] and sorted(chain(*own)) == list(range(20)) for own in dealt)
+        assert all(list(map(len, own)) == list(block_sizes(20)) for own in dealt)
+        assert len({tuple(own[1]) for own in dealt}) >= 2
+        if grouping == "contiguous":
+            assert all(part == list(range(part[0], part[-1] + 1)) for own in dealt for part in own[1:])
+
+
+@pytest.mark.parametrize("sizes", [[1, 1, 1], [9, 1, 1], [5, 5, 5], [40, 3, 2, 2, 1, 1], [4] * 25])
+def test_groups_to_test_are_those_of_the_test_seed_whatever_the_seed(sizes: list[int]) -> None:
+    groups = [f"g{i}" for i, n in enumerate(sizes) for _ in range(n)]
+    for test_seed in range(3):
+        plain = split_groups(groups, *split_draws(test_seed))
+        dealt = [split_groups(groups, *split_draws(seed, test_seed=test_seed)) for seed in range(5)]
+        for parts in dealt:
+            assert parts[2] == plain[2] and all(parts) and sorted(chain(*parts)) == list(range(len(groups)))
+            assert not {groups[i] for i in parts[0]} & {groups[i] for i in parts[1]}
+    if len(sizes) == 25:
+        assert len({tuple(parts[1]) for parts in dealt}) == 5
+
+
+@pytest.mark.parametrize("test_seed", [-1, 1.5, "0", True])
+def test_a_test_seed_is_a_whole_number(test_seed: object) -> None:
+    with pytest.raises(FedloraError, match="test_seed is a whole number of at least 0, or None; got"):
+        load("digits", test_seed=test_seed)
+
+
+def test_every_real_set_takes_a_test_seed() -> None:
+    real = [name for name, entry in DATASETS.items() if entry.kind == "real" and name != "folder"]
+    assert all(options(name)["test_seed"] is None for name in real) and len(real) >= 8
 
 
 def test_names_sort_as_a_reader_counts() -> None:

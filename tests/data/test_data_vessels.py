@@ -112,7 +112,7 @@ def test_both_eyes_of_a_child_and_neighbours_of_one_diagnosis_are_one_person() -
 
 def test_the_images_of_a_split_do_not_depend_on_size_or_tiling(packing: Path) -> None:
     prepare("vessels", packing)
-    assert options("vessels") == {"patch": True}
+    assert options("vessels") == {"patch": True, "test_seed": None}
     found = {
         str([s.record["image_ids"] for s in load("vessels", size=size, patch=patch, seed=3).sites])
         for size, patch in ((64, True), (64, False), (48, True), (256, True))
