@@ -1,9 +1,10 @@
 """A convolution with one kernel per image, whose kernels' gradients are matrix products where they are thin.
 
-y_i = W_i * x_i for every image i is one convolution with N times as many groups. Forward and with respect to x that
-costs what the shared kernel costs; the gradient of thin kernels as a grouped convolution costs three times as much. At
-stride 1 it is a correlation of two signals on one grid: shifted copies of one, times the other. The copies are made of
-the side with fewer channels, on a thin path the r that leave it, not the c that enter.
+y_i = W_i * x_i for every image i is one convolution with N times as many groups. Forward that costs what the shared
+kernel costs; the gradient of thin kernels as a grouped convolution costs three times as much. It is a correlation of
+two signals: shifted copies of one, times the other. At stride 1 the copies are made of the side with fewer channels, on
+a thin path the r that leave it, not the c that enter; times the kernels, they are the gradient of x as well. At another
+stride they are made of the finer grid.
 """
 
 import math
@@ -31,31 +32,48 @@ class Geometry:
     groups: int
 
 
-def kernel_gradient(
-    dy: Tensor, x: Tensor, size: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> Tensor:
-    """D[i, o, c, u] = Σ_p dy[i, o, p] x[i, c, p + dilation u - padding], x zero outside its grid.
+def thin_gradients(dy: Tensor, x: Tensor, kernels: Tensor, move: Geometry) -> tuple[Tensor | None, Tensor]:
+    """∂L/∂x_i, None if it is not made of the same copies, and ∂L/∂W_i, for every image i.
 
-    dy: (N, c_out, *P), x: (N, c, *Q) -> (N, c_out, c, *size): ∂L/∂W_i of a convolution of stride 1.
+    ∂L/∂W_i[o, c, u] = Σ_p dy_i[o, p] x_i[c, stride p + dilation u - padding], x zero outside its grid; transposed
+    Σ_q dy_i[o, stride q + dilation u - padding] x_i[c, q]. Copies of dy hold all that ∂L/∂x_i reads, too.
+    dy: (N, c_out, *P), x: (N, c, *Q), kernels: (N, c_out, c, *k).
     """
-    if dy[0].numel() < x[0].numel():  # D[u] = Σ_q x[q] dy[q + padding - dilation u]: the last shift comes first
-        margin = [d * (k - 1) - p for d, k, p in zip(dilation, size, padding, strict=True)]
-        return _shifts_times(dy, x, size, margin, dilation).flip(tuple(range(2, dy.dim()))).movedim(-1, 2)
-    return _shifts_times(x, dy, size, padding, dilation).movedim(-1, 1)
+    size, stride, margin, step = kernels.shape[3:], move.stride, move.padding, move.dilation
+    of_dy = move.transposed or (math.prod(stride) == 1 and dy[0].numel() <= x[0].numel())
+    a, b = (dy, x) if of_dy else (x, dy)
+    rows = max(1, SHIFTED // (a.shape[1] * math.prod(size) * b[0, 0].numel()))
+    if rows < len(x):
+        pieces = zip(dy.split(rows), x.split(rows), kernels.split(rows), strict=True)
+        dxs, dWs = zip(*(thin_gradients(*piece, move) for piece in pieces), strict=True)
+        return torch.cat(dxs) if of_dy else None, torch.cat(dWs)
+    if not of_dy:
+        copies = _shifts(x, size, margin, step, stride, dy.shape[2:])  # (N, c * prod(k), prod(P))
+        return None, torch.bmm(dy.flatten(2), copies.mT).view(kernels.shape)
+    turn: tuple[int, ...] = ()
+    if not move.transposed:  # Σ_q x[q] dy[q + padding - dilation u]: the last shift comes first
+        margin = [d * (k - 1) - p for d, k, p in zip(step, size, margin, strict=True)]
+        turn = tuple(range(3, kernels.dim()))
+    copies = _shifts(dy, size, margin, step, stride, x.shape[2:])  # (N, c_out * prod(k), prod(Q))
+    dW = torch.bmm(x.flatten(2), copies.mT).view(len(x), x.shape[1], -1, *size).transpose(1, 2).flip(turn)
+    own = kernels[:1] if kernels.stride(0) == 0 else kernels
+    W = own.flip(turn).transpose(1, 2).flatten(2)  # (N, c, c_out * prod(k))
+    return torch.bmm(W.expand(len(x), -1, -1), copies).view(x.shape), dW
 
 
-def _shifts_times(a: Tensor, b: Tensor, size: Sequence[int], margin: Sequence[int], step: Sequence[int]) -> Tensor:
-    """E[i, c, u, o] = Σ_p a[i, c, p + step u - margin] b[i, o, p] for p on b's grid: (N, c_a, *size, c_b)."""
-    grid = b.shape[2:]
-    rows = max(1, SHIFTED // (a.shape[1] * math.prod(size) * math.prod(grid)))
-    if rows < len(a):
-        parts = zip(a.split(rows), b.split(rows), strict=True)
-        return torch.cat([_shifts_times(*part, size, margin, step) for part in parts])
+def _shifts(
+    a: Tensor,
+    size: Sequence[int],
+    margin: Sequence[int],
+    step: Sequence[int],
+    stride: Sequence[int],
+    grid: Sequence[int],
+) -> Tensor:
+    """a[i, c, stride p + step u - margin] for every u in `size` and p in `grid`: (N, c * prod(size), prod(grid))."""
     a = F.pad(a, [m for m in reversed(margin) for _ in (0, 1)]).contiguous()
-    own, far = a.stride()[2:], [d * s for d, s in zip(step, a.stride()[2:], strict=True)]
-    shifts = a.as_strided((*a.shape[:2], *size, *grid), (*a.stride()[:2], *far, *own))
-    product = torch.bmm(shifts.reshape(len(a), -1, math.prod(grid)), b.flatten(2).mT)
-    return product.reshape(len(a), -1, *size, b.shape[1])
+    near, far = ([d * s for d, s in zip(by, a.stride()[2:], strict=True)] for by in (stride, step))
+    shifts = a.as_strided((*a.shape[:2], *size, *grid), (*a.stride()[:2], *far, *near))
+    return shifts.reshape(len(a), -1, math.prod(grid))
 
 
 class PerImage(torch.autograd.Function):
@@ -70,21 +88,21 @@ class PerImage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Thin kernels at stride 1 by shifted copies, others as the grouped convolution that they are."""
+        """Thin kernels by shifted copies, others as the grouped convolution that they are."""
         (x, kernels), move = ctx.saved_tensors, ctx.move
         for_x, for_kernels = ctx.needs_input_grad[:2]
-        thin = min(kernels.shape[1:3]) < THIN[x.dim() - 2]
-        if not for_kernels or (thin and not move.transposed and math.prod(move.stride) == 1):
-            one = _as_one(x, kernels, move)
-            dx = _gradients(dy, one, True, False)[0].reshape(x.shape) if for_x else None
-            if not for_kernels:
-                return dx, None, None
-            dy, x = (v.reshape(len(kernels), -1, *v.shape[2:]) for v in (dy, x))
-            return dx, kernel_gradient(dy, x, kernels.shape[3:], move.padding, move.dilation), None
-        dx, dW = _gradients(dy, _as_channels(x, kernels, move), for_x, True)
-        if move.transposed:
-            dW = dW.reshape(len(kernels), kernels.shape[2], *dW.shape[1:]).transpose(1, 2)
-        return dx.reshape(x.shape) if for_x else None, dW.reshape(kernels.shape), None
+        dx, dW = None, None
+        if for_kernels and min(kernels.shape[1:3]) < THIN[x.dim() - 2]:
+            own_dy, own_x = (v.reshape(len(kernels), -1, *v.shape[2:]) for v in (dy, x))
+            dx, dW = thin_gradients(own_dy, own_x, kernels, move)
+        elif for_kernels:
+            dx, dW = _gradients(dy, _as_channels(x, kernels, move), for_x, True)
+            if move.transposed:
+                dW = dW.reshape(len(kernels), kernels.shape[2], *dW.shape[1:]).transpose(1, 2)
+            dW = dW.reshape(kernels.shape)
+        if for_x and dx is None:
+            dx = _gradients(dy, _as_one(x, kernels, move), True, False)[0]
+        return dx.reshape(x.shape) if for_x and dx is not None else None, dW, None
 
 
 def _gradients(dy: Tensor, one: tuple[Any, ...], for_x: bool, for_kernels: bool) -> tuple[Tensor, Tensor]:

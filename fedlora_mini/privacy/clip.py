@@ -1,7 +1,7 @@
 """g_i min(1, C / ||g_i||): no sample moves the sum by more than C."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,59 +14,43 @@ GAMMA = 0.01  # of automatic clipping, Bu et al. 2023
 
 def norms(gradients: Mapping[str, Tensor]) -> Tensor:
     """||g_i||, flat over all tensors of the step. gradients: (N, …) each; returns (N,)."""
-    return _whole(_by_tensor(gradients))
+    return _length(_rows(gradients))
 
 
-def _by_tensor(gradients: Mapping[str, Tensor]) -> State:
-    """||g_i|| of every tensor by itself, (N,) each: what clips read."""
-    return {name: torch.linalg.vector_norm(g.flatten(1), dim=1) for name, g in gradients.items()}
+def _rows(gradients: Mapping[str, Tensor]) -> Tensor:
+    """One row a sample, all tensors beside each other, (N, P): a few calls then do for any number of tensors."""
+    return torch.cat([g.flatten(1) for g in gradients.values()], dim=1)
 
 
-def _whole(lengths: Mapping[str, Tensor]) -> Tensor:
-    """The norm over several tensors from the norms of each."""
-    return torch.linalg.vector_norm(torch.stack(list(lengths.values())), dim=0)
+def _length(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)
 
 
-def _usable(factor: Tensor, norm: Tensor) -> Tensor:
-    """The factor of every gradient, 0 where the norm of the whole gradient is not finite."""
-    return factor.masked_fill(~torch.isfinite(norm), 0.0)
+def flat(layers: Sequence[Tensor], norm: Tensor, C: float) -> list[Tensor]:
+    """min(1, C / ||g_i||) for all of a gradient: one ball around the whole vector."""
+    return [(C / norm).clamp(max=1.0)]  # 0/0 cannot occur: C > 0, and C/0 = inf is clamped
 
 
-def flat(lengths: Mapping[str, Tensor], C: float) -> State:
-    """min(1, C / ||g_i||) for every tensor: one ball around the whole vector."""
-    norm = _whole(lengths)
-    factor = (C / norm).clamp(max=1.0)  # 0/0 cannot occur: C > 0, and C/0 = inf is clamped
-    return dict.fromkeys(lengths, _usable(factor, norm))
-
-
-def per_layer(lengths: Mapping[str, Tensor], C: float) -> State:
+def per_layer(layers: Sequence[Tensor], norm: Tensor, C: float) -> list[Tensor]:
     """min(1, C_l / ||g_il||) with C_l = C / sqrt(number of layers): one ball a layer, together within radius C."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, length in lengths.items():
-        layers.setdefault(name.rpartition(".")[0], {})[name] = length
-    norm = _whole(lengths)
-    factors: State = {}
-    for layer in layers.values():
-        share = C / len(layers) ** 0.5
-        factors |= dict.fromkeys(layer, _usable((share / _whole(layer)).clamp(max=1.0), norm))
-    return {name: factors[name] for name in lengths}
+    return [(C / len(layers) ** 0.5 / _length(rows)).clamp(max=1.0) for rows in layers]
 
 
-def normalised(lengths: Mapping[str, Tensor], C: float) -> State:
+def normalised(layers: Sequence[Tensor], norm: Tensor, C: float) -> list[Tensor]:
     """C / (||g_i|| + 0.01): every gradient gets a length near C, so that C and the learning rate are one number."""
-    norm = _whole(lengths)
-    return dict.fromkeys(lengths, _usable(C / (norm + GAMMA), norm))
+    return [C / (norm + GAMMA)]
 
 
-CLIPS: dict[str, Callable[[Mapping[str, Tensor], float], State]] = {
+CLIPS: dict[str, Callable[[Sequence[Tensor], Tensor, float], list[Tensor]]] = {
     "flat": flat,
     "per-layer": per_layer,
     "normalised": normalised,
 }
+"""From the gradients by layer, (N, P_l) each, and their whole norms, (N,): one factor (N,) for all, or one a layer."""
 
 
 def clip_sum(gradients: Mapping[str, Tensor], C: float, how: str = "flat") -> State:
-    """sum_i c_i g_i with ||c_i g_i|| <= C, without scaled copies of the g_i. gradients: (N, …) each; returns (…).
+    """sum_i c_i g_i with ||c_i g_i|| <= C. gradients: (N, …) each, of which one copy is made; returns (…).
 
     Its sensitivity to adding or removing one sample is C: the noise is the caller's. how: "flat" is min(1, C / ||g_i||)
     (Abadi et al. 2016), "per-layer" clips every layer to its share (McMahan et al. 2018), "normalised" is automatic
@@ -79,11 +63,19 @@ def clip_sum(gradients: Mapping[str, Tensor], C: float, how: str = "flat") -> St
         raise unknown("way to clip", how, CLIPS)
     if how == "normalised" and math.isinf(C):
         raise FedloraError("normalised gradients have length C, which must be finite")
-    factors = CLIPS[how](_by_tensor(gradients), C)
-    return {name: _weighted(factors[name].to(g.dtype), g) for name, g in gradients.items()}
-
-
-def _weighted(factor: Tensor, g: Tensor) -> Tensor:
-    """sum_i c_i g_i. What is not finite stands in rows of factor 0, and 0 * inf is not 0: it is set to 0 first."""
-    rows = g.flatten(1).nan_to_num(0.0, 0.0, 0.0)  # (N, …)
-    return (factor[None] @ rows).view(g.shape[1:])
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for name, g in gradients.items():
+        by_layer.setdefault(name.rpartition(".")[0], {})[name] = g
+    ordered = {name: g for layer in by_layer.values() for name, g in layer.items()}
+    rows = _rows(ordered)
+    norm = _length(rows)
+    layers = rows.split([sum(g.shape[1:].numel() for g in layer.values()) for layer in by_layer.values()], dim=1)
+    factors = CLIPS[how](layers, norm, C)
+    rows.nan_to_num_(0.0, 0.0, 0.0)  # its factor is 0, and 0 * inf is not 0
+    blocks = layers if len(factors) > 1 else [rows]
+    total = torch.cat(
+        [(c.masked_fill(~torch.isfinite(norm), 0.0)[None] @ block)[0] for c, block in zip(factors, blocks, strict=True)]
+    )
+    flats = total.split([g.shape[1:].numel() for g in ordered.values()])
+    sums = {name: own.view(g.shape[1:]) for (name, g), own in zip(ordered.items(), flats, strict=True)}
+    return {name: sums[name] for name in gradients}

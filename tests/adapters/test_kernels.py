@@ -82,7 +82,9 @@ def test_only_what_is_asked_for_is_computed():
         torch.testing.assert_close(mine, torch.autograd.grad(one_by_one(layer, *others).sum(), leaves))
 
 
-@pytest.mark.parametrize("name", ["3x3", "thin", "3D", "strided"])
+@pytest.mark.parametrize("name", ["3x3", "thin", "groups", "3D", "strided", "transposed"])
 def test_few_copies_at_a_time_give_the_same(name, monkeypatch):
     monkeypatch.setattr(kernels, "SHIFTED", 1)
-    agree(*setting(name))
+    layer, x, own = setting(name)
+    agree(layer, x, own)
+    agree(layer, x, own.detach()[:1].expand_as(own).requires_grad_())
