@@ -42,7 +42,7 @@ QUESTIONS = (
         "kernels",
         "shifted copies",
         1.1,
-        "The gradient of the kernels alone, of size 3; *shifted copies* is what the private step takes.",
+        "The gradients of kernels of size 3 and of what they read; *shifted copies* is what the private step takes.",
     ),
     Question(
         "filters",

@@ -1,10 +1,9 @@
 """A convolution with one kernel per image, whose kernels' gradients are matrix products where they are thin.
 
 y_i = W_i * x_i for every image i is one convolution with N times as many groups. Forward that costs what the shared
-kernel costs; the gradient of thin kernels as a grouped convolution costs three times as much. It is a correlation of
-two signals: shifted copies of one, times the other. At stride 1 the copies are made of the side with fewer channels, on
-a thin path the r that leave it, not the c that enter; times the kernels, they are the gradient of x as well. At another
-stride they are made of the finer grid.
+kernel costs; at stride 1, and transposed, the gradient of thin kernels costs two to three times as much. There it is a
+correlation of two signals: shifted copies of one, times the other. The copies are made of the side with fewer channels,
+on a thin path the r that leave it, not the c that enter; times the kernels, they are the gradient of x as well.
 """
 
 import math
@@ -32,21 +31,21 @@ class Geometry:
     groups: int
 
 
-def thin_gradients(dy: Tensor, x: Tensor, kernels: Tensor, move: Geometry) -> tuple[Tensor | None, Tensor]:
-    """∂L/∂x_i, None if it is not made of the same copies, and ∂L/∂W_i, for every image i.
+def thin_gradients(dy: Tensor, x: Tensor, kernels: Tensor, move: Geometry, for_x: bool) -> tuple[Tensor | None, Tensor]:
+    """∂L/∂x_i, None if it is not asked for or not made of the same copies, and ∂L/∂W_i, for every image i.
 
-    ∂L/∂W_i[o, c, u] = Σ_p dy_i[o, p] x_i[c, stride p + dilation u - padding], x zero outside its grid; transposed
-    Σ_q dy_i[o, stride q + dilation u - padding] x_i[c, q]. Copies of dy hold all that ∂L/∂x_i reads, too.
+    ∂L/∂W_i[o, c, u] = Σ_p dy_i[o, p] x_i[c, p + dilation u - padding] at stride 1, x zero outside its grid; transposed
+    Σ_q dy_i[o, stride q + dilation u - padding] x_i[c, q] at any. Copies of dy hold all that ∂L/∂x_i reads, too.
     dy: (N, c_out, *P), x: (N, c, *Q), kernels: (N, c_out, c, *k).
     """
     size, stride, margin, step = kernels.shape[3:], move.stride, move.padding, move.dilation
-    of_dy = move.transposed or (math.prod(stride) == 1 and dy[0].numel() <= x[0].numel())
+    of_dy = move.transposed or dy[0].numel() <= x[0].numel()
     a, b = (dy, x) if of_dy else (x, dy)
     rows = max(1, SHIFTED // (a.shape[1] * math.prod(size) * b[0, 0].numel()))
     if rows < len(x):
         pieces = zip(dy.split(rows), x.split(rows), kernels.split(rows), strict=True)
-        dxs, dWs = zip(*(thin_gradients(*piece, move) for piece in pieces), strict=True)
-        return torch.cat(dxs) if of_dy else None, torch.cat(dWs)
+        dxs, dWs = zip(*(thin_gradients(*piece, move, for_x) for piece in pieces), strict=True)
+        return torch.cat(dxs) if of_dy and for_x else None, torch.cat(dWs)
     if not of_dy:
         copies = _shifts(x, size, margin, step, stride, dy.shape[2:])  # (N, c * prod(k), prod(P))
         return None, torch.bmm(dy.flatten(2), copies.mT).view(kernels.shape)
@@ -56,6 +55,8 @@ def thin_gradients(dy: Tensor, x: Tensor, kernels: Tensor, move: Geometry) -> tu
         turn = tuple(range(3, kernels.dim()))
     copies = _shifts(dy, size, margin, step, stride, x.shape[2:])  # (N, c_out * prod(k), prod(Q))
     dW = torch.bmm(x.flatten(2), copies.mT).view(len(x), x.shape[1], -1, *size).transpose(1, 2).flip(turn)
+    if not for_x:
+        return None, dW
     own = kernels[:1] if kernels.stride(0) == 0 else kernels
     W = own.flip(turn).transpose(1, 2).flatten(2)  # (N, c, c_out * prod(k))
     return torch.bmm(W.expand(len(x), -1, -1), copies).view(x.shape), dW
@@ -88,13 +89,14 @@ class PerImage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Thin kernels by shifted copies, others as the grouped convolution that they are."""
+        """Thin kernels by shifted copies where that is faster, others as the grouped convolution that they are."""
         (x, kernels), move = ctx.saved_tensors, ctx.move
         for_x, for_kernels = ctx.needs_input_grad[:2]
         dx, dW = None, None
-        if for_kernels and min(kernels.shape[1:3]) < THIN[x.dim() - 2]:
+        thin = min(kernels.shape[1:3]) < THIN[x.dim() - 2]
+        if for_kernels and thin and (move.transposed or math.prod(move.stride) == 1):
             own_dy, own_x = (v.reshape(len(kernels), -1, *v.shape[2:]) for v in (dy, x))
-            dx, dW = thin_gradients(own_dy, own_x, kernels, move)
+            dx, dW = thin_gradients(own_dy, own_x, kernels, move, for_x)
         elif for_kernels:
             dx, dW = _gradients(dy, _as_channels(x, kernels, move), for_x, True)
             if move.transposed:
@@ -102,7 +104,7 @@ class PerImage(torch.autograd.Function):
             dW = dW.reshape(kernels.shape)
         if for_x and dx is None:
             dx = _gradients(dy, _as_one(x, kernels, move), True, False)[0]
-        return dx.reshape(x.shape) if for_x and dx is not None else None, dW, None
+        return dx if dx is None else dx.reshape(x.shape), dW, None
 
 
 def _gradients(dy: Tensor, one: tuple[Any, ...], for_x: bool, for_kernels: bool) -> tuple[Tensor, Tensor]:
