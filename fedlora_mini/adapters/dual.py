@@ -19,7 +19,8 @@ def beside(P: Tensor, Q: Tensor, dim: int) -> Tensor:
 class Dual(LowRank):
     """ΔW = s (B A + B_own A_own), s = alpha / r; A: (r, n), B: (m, r), A_own: (r_own, n), B_own: (m, r_own).
 
-    A and A_own are drawn apart, B and B_own are zero. One thin product of rank r + r_own, (r + r_own)(m + n) numbers.
+    A and A_own are drawn apart, or with `alike` are one draw, so that both branches start to learn the same; B and
+    B_own are zero. One thin product of rank r + r_own, (r + r_own)(m + n) numbers.
     rank_own=None: r_own = r. The branches of the client-tailored adapter (Hu et al. 2025; the split is reconstruction)
     and, with `Fused`, of FDLoRA.
     """
@@ -32,18 +33,21 @@ class Dual(LowRank):
         rank: int = 4,
         rank_own: int | None = None,
         alpha: float | None = None,
+        alike: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(base)
         own = rank if rank_own is None else rank_own
         if min(rank, own) < 1:
             raise FedloraError(f"rank and rank_own must be at least 1, got {rank} and {own}")
+        if alike and own != rank:
+            raise FedloraError(f"branches that start alike have one rank, not {rank} and {own}")
         (m, n), W, rng = matrix_shape(base), self.base.weight, generator or torch.default_generator
-        self.rank, self.rank_own, self.alpha = rank, own, float(rank if alpha is None else alpha)
+        self.alike, self.rank, self.rank_own, self.alpha = alike, rank, own, float(rank if alpha is None else alpha)
         self.scaling = self.alpha / rank
         self.A = nn.Parameter(kaiming_uniform((rank, n), rng).to(W))
         self.B = nn.Parameter(W.new_zeros(m, rank))
-        self.A_own = nn.Parameter(kaiming_uniform((own, n), rng).to(W))
+        self.A_own = nn.Parameter(self.A.detach().clone() if alike else kaiming_uniform((own, n), rng).to(W))
         self.B_own = nn.Parameter(W.new_zeros(m, own))
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -51,7 +55,7 @@ class Dual(LowRank):
         return self.scaling * beside(self.B, self.B_own, -1), beside(self.A, self.A_own, -2)
 
     def config(self) -> dict[str, Any]:
-        return {"rank": self.rank, "rank_own": self.rank_own, "alpha": self.alpha}
+        return {"rank": self.rank, "rank_own": self.rank_own, "alpha": self.alpha, "alike": self.alike}
 
 
 class Fused(Dual):
@@ -70,9 +74,10 @@ class Fused(Dual):
         rank: int = 4,
         rank_own: int | None = None,
         alpha: float | None = None,
+        alike: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(base, rank, rank_own, alpha, generator)
+        super().__init__(base, rank, rank_own, alpha, alike, generator)
         self.mix = nn.Parameter(self.base.weight.new_ones(2), requires_grad=False)
 
     def pair(self) -> tuple[Tensor, Tensor]:

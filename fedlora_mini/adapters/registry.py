@@ -154,6 +154,7 @@ ADAPTERS: dict[str, Recipe] = {
     "full": Recipe("every parameter, norm statistics included", own=lambda region: True, lr=1e-3),
     # for federations: parts that are shared, a client's own, or received
     "dual": Recipe("ΔW = s (B A + B_own A_own)", "", (_at(Dual),), federated=True),
+    "dual_alike": Recipe("the same, with A_own = A at first", "", (_at(Dual, alike=True),), federated=True),
     "fdlora": Recipe("the same, each branch times a number", "qi2024fdlora", (_at(Fused),), federated=True),
     "hydra": Recipe("a router over several B with one A", "tian2024hydralora", (_at(Hydra),), federated=True),
     "fedalt": Recipe("a router over B A and the others' mean", "bian2026fedalt", (_at(WithRest),), federated=True),

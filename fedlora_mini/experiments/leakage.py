@@ -1,9 +1,9 @@
 """Leakage of a run: M1 to M4 after every round, M5 and M6 at the end, each beside its level (methods.md card 3).
 
-M1 to M4 ask for layers that share one factor and keep the other; where all or nothing of a pair travels there is only
-M1b, the spread of what the sites send. Levels, as `<metric>_chance`: M1 with other sites' private factors, M1b from the
-halves of every site's images, M2 1 / (m n), M3 with permuted private changes, M4 r / m or r / n, M5 with shuffled names
-of sites, M6 zero.
+M1 to M4 ask for layers that share one factor and keep the other. Where all or nothing of a pair travels there is M1b,
+the spread of what the sites send, and where a layer has two whole branches M2 of these. Levels, as `<metric>_chance`:
+M1 with other sites' private factors, M1b from the halves of every site's images, M2 1 / (m n), M3 with permuted private
+changes, M4 r / m or r / n, M5 with shuffled names of sites, M6 zero.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -92,10 +92,11 @@ class Watch:
             return {}
         self.sent.append(shared)
         out = {"site_spread": site_spread(shared, weights)} | self._spread_level(updates, weights)
+        ends = [s | S.pick(u.state, is_model) | self._own(u.client) for u, s in zip(updates, starts, strict=True)]
+        out |= branches(ends)
         pairs = split_pairs(self.engine.method, self.engine.keys)
         if not pairs:
             return out
-        ends = [s | S.pick(u.state, is_model) | self._own(u.client) for u, s in zip(updates, starts, strict=True)]
         rng = generator("leakage", self.engine.setting.seed, round)
         return out | self._energy(round, updates, starts, weights, pairs) | geometry(starts, ends, weights, pairs, rng)
 
@@ -200,6 +201,16 @@ def geometry(
         "overlap": _mean(overlap),
         "overlap_chance": min(1.0, _mean(overlap_level)),
     }
+
+
+def branches(ends: Sequence[State]) -> dict[str, float]:
+    """M2 of layers with a branch B A that travels and B_own A_own that stays, mean over layers and sites."""
+    paths = [name.removesuffix(".B_own") for name in ends[0] if name.endswith(".B_own")]
+    if not paths:
+        return {}
+    pairs = [[(end[f"{p}.B{o}"], end[f"{p}.A{o}"]) for o in ("", "_own")] for end in ends for p in paths]
+    level = _mean([1 / (B.shape[0] * A.shape[1]) for (B, A), _ in pairs])
+    return {"leak_cos2": _mean([leak_cos2(*pair) for pair in pairs]), "leak_cos2_chance": level}
 
 
 def _moved(sent: State, start: State) -> State:

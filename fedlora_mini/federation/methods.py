@@ -102,6 +102,8 @@ METHODS: dict[str, Method] = {
     # low-rank, two branches or a mixture: one that is shared, one that stays
     "dual": Method("dual branch", "dual", common()),
     "dual_sor": Method("dual branch + SOR", "dual", common(), objective=(SOR(form="dual"),)),
+    "dual_alike": Method("dual branch, one start", "dual_alike", common()),
+    "dual_alike_sor": Method("dual branch, one start + SOR", "dual_alike", common(), objective=(SOR(form="dual"),)),
     "client_tailored": Method("client-tailored adapter", "dual", common(head=False), reference="hu2025tailored"),
     "fdlora": Method(
         "FDLoRA", "fdlora", common(), rule=FedAvgM(nesterov=True), work=Fusion(), reference="qi2024fdlora"

@@ -76,6 +76,16 @@ def test_the_start_is_the_base_and_the_branches_are_apart(oracle):
     assert torch.equal(module.A, again.A) and torch.equal(module.A_own, again.A_own)
 
 
+def test_branches_that_start_alike_learn_the_same_until_one_of_them_is_averaged(oracle):
+    layer, x = nn.Linear(5, 6).double(), torch.randn(4, 5).double()
+    module = Dual(layer, 2, alike=True, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(module.A, module.A_own) and module.A.data_ptr() != module.A_own.data_ptr()
+    module(x).square().sum().backward()
+    assert torch.equal(module.B.grad, module.B_own.grad) and module.B.grad.any()
+    with pytest.raises(FedloraError, match="start alike have one rank, not 2 and 3"):
+        Dual(layer, 2, 3, alike=True)
+
+
 def test_the_weights_of_the_branches_choose_between_them_and_get_no_gradient(oracle):
     module, x = on("conv2d", Fused)
     plain, _ = on("conv2d")

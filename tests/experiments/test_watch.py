@@ -80,12 +80,28 @@ def test_features_tell_sites_by_their_scanners_and_guess_where_they_have_one():
 SPREAD = {"site_spread", "site_spread_chance"}
 
 
-@pytest.mark.parametrize(("name", "metrics"), [("fedit", SPREAD), ("as_lora", SPREAD), ("local", set())])
-def test_rows_that_split_no_pair_have_the_spread_alone_or_nothing(tmp_path, name, metrics):
+BRANCHES = SPREAD | {"leak_cos2", "leak_cos2_chance"}
+
+
+@pytest.mark.parametrize(
+    ("name", "metrics"), [("fedit", SPREAD), ("as_lora", SPREAD), ("local", set()), ("dual", BRANCHES)]
+)
+def test_rows_that_split_no_pair_have_the_spread_of_branches_m2_or_nothing(tmp_path, name, metrics):
     result = run(RunConfig(method=name, leakage=True, **TINY), tmp_path)
     assert all(set(record) == metrics for record in result["leakage"]["rounds"])
-    assert ("swap_drop" in result["leakage"]) == (name == "local")
+    assert ("swap_drop" in result["leakage"]) == (name in ("local", "dual"))
     assert ("feature_probe" in result["leakage"]) == bool(metrics)
+
+
+def test_branches_that_start_alike_are_one_until_the_first_mean(tmp_path):
+    def measured(method, change=None):
+        config = RunConfig(method=method, change=change or {}, leakage=True, **TINY)
+        rounds = run(config, tmp_path / config.key())["leakage"]["rounds"]
+        return [record["leak_cos2"] for record in rounds]
+
+    alike, apart, held = measured("dual_alike"), measured("dual"), measured("dual_alike_sor", {"lam": 10.0})
+    assert alike[0] == pytest.approx(1) and alike[-1] < alike[0]
+    assert max(apart) < 0.5 * min(alike) and held[-1] < alike[-1]
 
 
 def test_the_level_of_the_spread_trains_on_the_halves_of_every_sites_images():
