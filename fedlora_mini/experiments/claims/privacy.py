@@ -48,6 +48,34 @@ CELLS = {
 SITES: dict[str, Any] = {"metric": "dice", "margin": 0.005}  # half a Dice point
 
 PRIVACY: dict[str, Claim] = {
+    # what privacy costs
+    **{
+        f"privacy-costs{suffix}": _private(
+            f"{where} privacy costs DP-LoRA something: without it the same arm is better.",
+            f"fedit@private_{part}open",
+            "fedit",
+            f"{part}main".removesuffix("_main"),
+            source="",
+            matched=f"rounds, local steps, {BUDGET}",
+            not_matched="clipping, noise, how batches are drawn",
+            **more,
+        )
+        for suffix, where, part, more in (
+            ("", "At ε = 3,", "", {}),
+            ("-mnist", "On MNIST at ε = 3,", "mnist_", {}),
+            ("-phantom", "Segmenting the phantom at ε = 3,", "phantom_", SITES),
+            ("-nuclei", "Segmenting nuclei at ε = 3,", "nuclei_", SITES),
+        )
+    },
+    "privacy-costs-more-at-one": _private(
+        "At ε = 8 DP-LoRA is better than at ε = 1.",
+        "fedit@private_e8",
+        "fedit",
+        "e1",
+        source="",
+        matched=f"delta, rounds, local steps, {BUDGET}",
+        not_matched="epsilon",
+    ),
     # L1
     "noise-above-alternating": _private(
         "Moving both factors in all K steps puts more noise into BA than alternating between them.",
