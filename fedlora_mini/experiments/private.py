@@ -6,10 +6,10 @@ rule, on seeds that are not reported. methods.md card 5.8.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -208,25 +208,37 @@ def table(results: Sequence[Result]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index="arm")
 
 
-Searched = tuple[str, float | None, float | None, int, str, int]
+class Searched(NamedTuple):
+    """What a rate was searched for."""
+
+    arm: str
+    epsilon: float | None
+    dirichlet: float | None
+    steps: int
+    data: str
+    rounds: int
+    sigma: float | None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Searched":
+        return cls(arm_of(config), *(config[name] for name in cls._fields[1:]))
 
 
 def curves(searched: Sequence[Result]) -> dict[Searched, dict[float, float]]:
-    """(arm, epsilon, dirichlet, steps, data, rounds) -> rate -> mean validation score over the search's seeds."""
+    """For each of them: rate -> mean validation score over the search's seeds."""
     told: dict[Searched, dict[float, list[float]]] = {}
     for r in searched:
-        own = r["config"]
-        key = arm_of(own), own["epsilon"], own["dirichlet"], own["steps"], own["data"], own["rounds"]
-        told.setdefault(key, {}).setdefault(own["lr"], []).append(validation(r))
+        told.setdefault(Searched.of(r["config"]), {}).setdefault(r["config"]["lr"], []).append(validation(r))
     return {k: {lr: sum(v) / len(v) for lr, v in sorted(by.items())} for k, by in told.items()}
 
 
 def edges(searched: Sequence[Result]) -> list[str]:
     """The arms whose best rate is the smallest or the largest that was tried, in words."""
     found = []
-    for (arm, epsilon, alpha, steps, data, rounds), curve in curves(searched).items():
+    for own, curve in curves(searched).items():
         best = max(curve, key=lambda rate: curve[rate])
         if best in (min(curve), max(curve)) and len(curve) > 1:
-            told = f"{arm} on {data}, epsilon {epsilon}, Dirichlet {alpha}, {rounds} × {steps} steps"
+            told = f"{own.arm} on {own.data}, epsilon {own.epsilon}, Dirichlet {own.dirichlet}"
+            told += f", {own.rounds} × {own.steps} steps"
             found.append(f"{told}: best rate {best:g} is an edge")
     return found

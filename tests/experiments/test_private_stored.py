@@ -3,10 +3,23 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from fedlora_mini.data import load
 from fedlora_mini.experiments.arms import arm_of
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.private import AS, COMMON, PARTS, STEPS, curves, edges, filtered, table
+from fedlora_mini.experiments.private import (
+    AS,
+    COMMON,
+    PARTS,
+    SEARCH_SEEDS,
+    STEPS,
+    Searched,
+    curves,
+    edges,
+    filtered,
+    table,
+)
 from fedlora_mini.experiments.private_sharpness import LOOKED
 from fedlora_mini.experiments.report import arms, read_results, table_of
 from fedlora_mini.experiments.run import run
@@ -88,14 +101,27 @@ def test_every_private_run_kept_its_promise(stored, part):
 
 def test_no_best_rate_lies_at_the_edge_of_what_was_tried(stored):
     searched = read_results([RATES])
-    assert {r["config"]["seed"] for r in searched} == {1000} and not edges(searched)
+    assert {r["config"]["seed"] for r in searched} == set(SEARCH_SEEDS) and not edges(searched)
     found = curves(searched)
     for part, results in stored.items():
         for r in results if PARTS[part].rates else ():
-            own = r["config"]
-            key = own["epsilon"], own["dirichlet"], own["steps"], own["data"], own["rounds"]
-            curve = found[arm_of(own), *key]
-            assert len(curve) >= 5 and curve[own["lr"]] == max(curve.values())
+            curve = found[Searched.of(r["config"])]
+            assert len(curve) >= 5 and curve[r["config"]["lr"]] == max(curve.values())
+
+
+def test_no_test_image_has_taken_part_in_a_search():
+    """Of the digits here, whose pool is at hand; the same option holds MNIST's test images out."""
+    own = COMMON["data_options"]
+    assert all(
+        PARTS[name].settings.get("data_options", own) == own
+        for name in PARTS
+        if "phantom" not in name and "nuclei" not in name
+    )
+    held = {tuple(image.flatten().tolist()) for image in load("digits", seed=0, **own).sites[0].test.images}
+    for seed in SEARCH_SEEDS:
+        [site] = load("digits", seed=seed, **own).sites
+        seen = {tuple(image.flatten().tolist()) for image in torch.cat([site.train.images, site.val.images])}
+        assert not seen & held and len(site.val) == 160
 
 
 @pytest.mark.slow

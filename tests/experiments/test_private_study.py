@@ -13,7 +13,7 @@ from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.claims import CLAIMS
 from fedlora_mini.experiments.compare import Comparison
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.private import COMMON, PARTS, PrivateStudy, curves, edges, table
+from fedlora_mini.experiments.private import COMMON, PARTS, PrivateStudy, Searched, curves, edges, table
 from fedlora_mini.experiments.report import read_results, write_report
 from fedlora_mini.federation import METHODS
 from fedlora_mini.metrics import recognise
@@ -103,11 +103,13 @@ def test_rates_are_searched_on_a_seed_that_is_not_reported_and_edges_are_named(t
     own = study(tmp_path, ["main"], rates=(0.01, 0.3))
     results = own.run()["main"]
     stored = read_results([tmp_path / "private_rates.jsonl"])
-    assert {r["config"]["seed"] for r in stored} == {1000} and len(stored) == 4
+    assert {r["config"]["seed"] for r in stored} == set(private.SEARCH_SEEDS) and len(stored) == 4 * len(
+        private.SEARCH_SEEDS
+    )
     found = curves(stored)
-    assert found.keys() == {(arm, 3.0, 0.1, 4, "digits", 2) for arm in ("ffa", "la_lora")}
+    assert found.keys() == {(arm, 3.0, 0.1, 4, "digits", 2, None) for arm in ("ffa", "la_lora")}
     for r in results:
-        curve = found[arm_of(r["config"]), 3.0, 0.1, 4, "digits", 2]
+        curve = found[Searched.of(r["config"])]
         assert curve[r["config"]["lr"]] == max(curve.values())
     assert len(edges(stored)) == 2 and "is an edge" in edges(stored)[0], "of two rates the better one is an edge"
     assert not edges([])
