@@ -30,6 +30,7 @@ from fedlora_mini.federation.works import (
     Style,
 )
 from fedlora_mini.federation.works.align import ToMine
+from fedlora_mini.federation.works.average import spread as spread_of
 from fedlora_mini.federation.works.average import unlabelled
 from fedlora_mini.federation.works.prototypes import prototypes
 from fedlora_mini.federation.works.residual import SCORES, directions, residual, sensitive
@@ -673,53 +674,72 @@ def test_an_average_that_keeps_nothing_is_the_trained_model(tiny):
         assert all(torch.equal(value, w[n]) for n, value in watched.engine.personal(client, server).items())
 
 
-def shares(state, averages):
-    """π of the mixture, by least squares over all entries, and how well it fits."""
-    U = torch.stack([torch.cat([u[n].flatten() for n in state]) for u in averages]).double()
-    w = torch.cat([value.flatten() for value in state.values()]).double()
+def shares(state, experts, path):
+    """π of a layer of the mixture, by least squares over its entries, and how well it fits."""
+    names = [name for name in state if name.rpartition(".")[0] == path]
+    U = torch.stack([torch.cat([u[n].flatten() for n in names]) for u in experts]).double()
+    w = torch.cat([state[n].flatten() for n in names]).double()
     pi = torch.linalg.lstsq(U.T, w).solution
     return pi, float((pi @ U - w).norm() / w.norm())
 
 
 @pytest.mark.parametrize("network", [None, Normed], ids=["minisam", "batch norm"])
-def test_a_newcomer_is_a_mixture_of_the_averages_that_is_surer_of_its_images(tiny, network):
+def test_a_newcomers_layers_are_mixtures_and_surer_of_its_images(tiny, network):
     row = replace(METHODS["iop"], work=MovingAverage(passes=10))
     watched, server, _ = run(row, parts(tiny), 2, network=network)
     images, model, common = half(tiny.unseen[0].test)[0], watched.setting.model, watched.engine.common(server)
     averages = [member.recall("~average/") for member in watched.members]
-    before = S.digest(averages)
+    experts, before = [*averages, common], S.digest(averages)
     state = row.work.newcomer(common, watched.members, images)
-    pi, misfit = shares(state, averages)
-    assert misfit < 1e-4 and float(pi.min()) >= 0 and float(pi.sum()) == pytest.approx(1.0, abs=1e-4)
-    assert pi.max() - pi.min() > 0.1
+    heads = ["encoder.0", "head"] if network else ["encoder.patch", "encoder.blocks.0.up"]
+    found = []
+    for path in (path for path, module in model.named_modules() if path in heads):
+        pi, misfit = shares(state, experts, path)
+        assert misfit < 1e-4 and float(pi.min()) >= -1e-6 and float(pi.sum()) == pytest.approx(1.0, abs=1e-4)
+        found.append(pi)
+    assert found and max(float(pi.max() - pi.min()) for pi in found) > 0.05
+    assert len(found) == 2 and (found[0] - found[1]).abs().max() > 1e-3, "every layer has its own"
     model.eval()
-    values = [float(unlabelled(model, s, images)) for s in (S.mean(averages, [1.0] * 3), state)]
+    values = [float(unlabelled(model, s, images)) for s in (S.mean(experts, [1.0] * 4), state)]
     assert values[1] < values[0]
     assert S.digest(averages) == before and not any(value.requires_grad for value in state.values())
 
 
-def test_a_newcomers_shares_are_adams_on_the_model_as_it_is_used(tiny):
-    """With a batch norm: by the clients' mixed statistics, not by those of the newcomer's batch."""
-    row = replace(METHODS["iop"], work=MovingAverage(passes=4, rate=0.2, images=3))
+def test_a_newcomers_shares_and_norms_are_adams_on_the_model_as_it_is_used(tiny):
+    """With a batch norm: by the common model's statistics, not by those of the newcomer's batch."""
+    row = replace(METHODS["iop"], work=MovingAverage(passes=4, rate=0.2, norm_rate=0.05, images=3))
     watched, server, _ = run(row, parts(tiny), 2, network=Normed)
     model, x = watched.setting.model, half(tiny.unseen[0].test)[0]
-    averages = [member.recall("~average/") for member in watched.members]
+    common = watched.engine.common(server)
+    experts = [*(member.recall("~average/") for member in watched.members), common]
+    scales = [name for name in common if name in ("encoder.1.weight", "encoder.1.bias")]
+    assert len(scales) == 2
 
-    def mixed(pi):
-        fixed = {name: pi.detach() if "running" in name else pi for name in averages[0]}
-        return {n: sum(fixed[n][k] * u[n] for k, u in enumerate(averages)) for n in averages[0]}
+    def mixed(leaves):
+        out = dict(common) | {name: leaves[name] for name in scales}
+        for path in ("encoder.0", "head"):
+            pi = leaves[path].softmax(0)
+            out |= {
+                f"{path}.{f}": sum(p * u[f"{path}.{f}"] for p, u in zip(pi, experts, strict=True))
+                for f in ("weight", "bias")
+            }
+        return out
 
-    logits, m, v = torch.zeros(3), 0.0, 0.0
+    own = {path: torch.zeros(4) for path in ("encoder.0", "head")} | {name: common[name].clone() for name in scales}
+    rate = dict.fromkeys(("encoder.0", "head"), 0.2) | dict.fromkeys(scales, 0.05)
+    m, v = dict.fromkeys(own, 0.0), dict.fromkeys(own, 0.0)
     model.eval()
     for t in range(1, 5):
-        leaf = logits.clone().requires_grad_()
-        [g] = torch.autograd.grad(unlabelled(model, mixed(leaf.softmax(0)), x[:3]), [leaf])
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        logits = logits - 0.2 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        leaves = {name: value.clone().requires_grad_() for name, value in own.items()}
+        gradients = torch.autograd.grad(unlabelled(model, mixed(leaves), x[:3]), list(leaves.values()))
+        for (name, value), g in zip(own.items(), gradients, strict=True):
+            m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.999 * v[name] + 0.001 * g**2
+            own[name] = value - rate[name] * (m[name] / (1 - 0.9**t)) / ((v[name] / (1 - 0.999**t)).sqrt() + 1e-8)
     model.train()
-    state = row.work.newcomer(watched.engine.common(server), watched.members, x)
-    assert close(state, mixed(logits.softmax(0))) and model.training
-    assert not close(state, S.mean(averages, [1.0] * 3), 1e-3)
+    state = row.work.newcomer(common, watched.members, x)
+    assert close(state, mixed(own), 1e-4) and model.training
+    assert all(torch.equal(state[name], common[name]) for name in common if "running" in name)
+    assert not close(S.pick(state, scales.__contains__), S.pick(common, scales.__contains__), 1e-3)
 
 
 def test_what_a_newcomer_minimises(tiny):
@@ -729,7 +749,14 @@ def test_what_a_newcomer_minimises(tiny):
     p, q = (call(model, state, images).softmax(1).double().numpy() for images in (x, x.flip(3)))
     entropy = -(p * np.log(p)).sum(1).mean()
     change = ((p - q[..., ::-1]) ** 2).sum(1).mean()
-    assert float(unlabelled(model, state, x)) == pytest.approx(10 * entropy + 0.1 * change, rel=1e-4)
+    spread = np.zeros_like(p[:, 1:])
+    for i, j in np.ndindex(*p.shape[2:]):
+        around = p[:, 1:, max(0, i - 10) : i + 11, max(0, j - 10) : j + 11]
+        spread[:, :, i, j] = around.max((2, 3)) - around.min((2, 3))
+    shape = np.sqrt((spread**2).sum())
+    expected = 10 * entropy / np.log(p.shape[1]) + 0.1 * change + 1e-6 * shape
+    assert float(unlabelled(model, state, x)) == pytest.approx(expected, rel=1e-4)
+    assert float(spread_of(torch.from_numpy(p[:, 1:])).norm()) == pytest.approx(shape, rel=1e-6) and shape > 0
 
 
 def test_a_newcomer_mixes_those_who_have_trained(tiny):
@@ -737,8 +764,10 @@ def test_a_newcomer_mixes_those_who_have_trained(tiny):
     work, images = watched.setting.method.work, half(tiny.unseen[0].test)[0]
     assert work.newcomer(server.state, watched.members, images) is server.state
     advance(watched, server, 1, lambda round: [1])
-    state = work.newcomer(server.state, watched.members, images)
-    assert close(state, watched.members[1].recall("~average/"), 1e-6)
+    state, only = work.newcomer(server.state, watched.members, images), watched.members[1].recall("~average/")
+    off = {name: float((state[name] - value).abs().max()) for name, value in only.items()}
+    norms = {name for name in off if "norm" in name}
+    assert norms and max(off[name] for name in off.keys() - norms) < 1e-6 < max(off[name] for name in norms) < 0.02
 
 
 # ---------------------------------------------------------------- FDLoRA
