@@ -120,7 +120,7 @@ def register(add: Add) -> None:
         "--search-on",
         metavar="WHERE",
         help="own-split: a search a seed, on its own validation images; other-seed: one for all seeds, on a seed that "
-        "is not reported, whose validation images on real data are partly their test images [simulated data: "
-        "other-seed, real: own-split]",
+        "is not reported, whose validation images on real data are partly their test images, unless --option "
+        "test_seed=0 holds these out [other-seed where they are not, else own-split]",
     )
     add_run_settings(compare)

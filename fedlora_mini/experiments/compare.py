@@ -31,13 +31,15 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def search_seeds(data: str) -> tuple[int, ...]:
-    """Whose validation images choose a rate: SEARCH_SEED's where sites are simulated, else () = each seed's own.
+def search_seeds(config: RunConfig) -> tuple[int, ...]:
+    """Whose validation images choose a rate: SEARCH_SEED's where none is a test image, else () = each seed's own.
 
-    On real images another seed is another split of the same images: some that choose the rate would be test images.
+    On real images another seed is another split of the same images: some that choose the rate would be test images,
+    unless the option `test_seed` holds these out at every seed. Simulated ones are drawn anew.
     """
-    known = DATASETS.get(data)
-    return SEARCH_ON["other-seed" if known is not None and known.kind == "simulated" else "own-split"]
+    known = DATASETS.get(config.data)
+    held = config.data_options.get("test_seed") is not None
+    return SEARCH_ON["other-seed" if held or (known is not None and known.kind == "simulated") else "own-split"]
 
 
 def validation(record: dict[str, Any]) -> float:
@@ -63,7 +65,7 @@ class Comparison:
     folder: Path
     rates: Sequence[float] = ()  # a grid: every method searches it on validation images
     on_run: Callable[[RunConfig], Callable[[dict[str, Any]], None]] = lambda config: lambda record: None
-    search_seeds: Sequence[int] | None = None  # whose images; () = each seed's own; None = by `search_seeds(data)`
+    search_seeds: Sequence[int] | None = None  # whose images; () = each seed's own; None = by `search_seeds`
     widen: int = 0  # how often a search whose best rate is the last of the grid goes on by a factor of 2 on that side
     searched: list[dict[str, Any]] = field(default_factory=list)  # the search's runs, once it is over
     _data: tuple[int, Dataset] | None = None
@@ -78,7 +80,7 @@ class Comparison:
         common = self.settings.get("change", {})
         parsed = [parse_arm(text) for text in self.methods]
         arms = [RunConfig(**self.settings | {"method": name, "change": common | own}) for name, own in parsed]
-        on = search_seeds(arms[0].data) if self.search_seeds is None else self.search_seeds
+        on = search_seeds(arms[0]) if self.search_seeds is None else self.search_seeds
         found: list[Found] = [(config, {}) for config in arms]
         if self.rates and on:
             found = [self._search(config, on) for config in arms]

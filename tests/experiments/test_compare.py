@@ -109,9 +109,21 @@ def test_on_real_images_no_test_image_of_a_seed_has_a_part_in_its_search_unless_
         assert len(list(tmp_path.glob("fedit-*"))) == 2 * 2, "the best run of a search is the reported one"
 
 
-def test_a_search_is_on_another_seed_only_where_sites_are_simulated():
-    assert {name for name in DATASETS if search_seeds(name)} == {"phantom", "brain"}
-    assert search_seeds("path/to/hospitals") == ()
+def test_a_search_is_on_another_seed_only_where_it_meets_no_test_image():
+    assert {name for name in DATASETS if search_seeds(RunConfig(data=name))} == {"phantom", "brain"}
+    assert search_seeds(RunConfig(data="path/to/hospitals")) == ()
+    held = {"test_seed": 0}
+    assert all(search_seeds(RunConfig(data=name, data_options=held)) == (SEARCH_SEED,) for name in ("nuclei", "lgg"))
+
+
+def test_with_the_test_images_held_out_one_search_does_for_all_seeds(tmp_path):
+    held = {"data_options": {"test": 300, "test_seed": 0}}
+    results = Comparison(["fedit"], [0, 1], REAL | held, tmp_path, [1e-3, 1e-1]).run()
+    searched = dataset_of(RunConfig(**results[0]["config"]).but(seed=SEARCH_SEED))
+    part = images_of(part for site in searched.sites for part in (site.train, site.val))
+    for r in results:
+        tests = images_of(site.test for site in dataset_of(RunConfig(**r["config"])).sites)
+        assert len(tests) == 300 and not tests & part and r["search"]["seeds"] == [SEARCH_SEED]
 
 
 def test_a_method_named_twice_is_refused(tmp_path):

@@ -156,8 +156,8 @@ PERSONAL: dict[str, Claim] = {
         +1,
         "new site",
         source="jiang2023iopfl",
-        not_matched="unlabelled test images of the new site (seen by IOP-FL alone). Its public code routes by image and "
-        "fits the routing at the rate 1e-3; here a layer has one mixture a site, fitted at 0.1",
+        not_matched="unlabelled test images of the new site (seen by IOP-FL alone). Its public code routes by image "
+        "and fits the routing at the rate 1e-3; here a layer has one mixture a site, fitted at 0.1",
     ),
     "lora-equals-full": Claim(
         "FedAvg of all weights and FedIT, which trains a tenth of them, score the same on a site's own data.",
