@@ -50,25 +50,29 @@ SITES: dict[str, Any] = {"metric": "dice", "margin": 0.005}  # half a Dice point
 PRIVACY: dict[str, Claim] = {
     # what privacy costs
     **{
-        f"privacy-costs{suffix}": _private(
-            f"{where} privacy costs DP-LoRA something: without it the same arm is better.",
-            f"fedit@private_{part}open",
+        f"{name}-costs{suffix}": _private(
+            f"{where} {text}",
+            f"fedit@private_{part}{without}",
             "fedit",
             f"{part}main".removesuffix("_main"),
             source="",
             matched=f"rounds, local steps, {BUDGET}",
-            not_matched="clipping, noise, how batches are drawn",
+            not_matched=other,
             **more,
         )
+        for name, text, without, other in (
+            ("privacy", "DP-LoRA is worse than without privacy.", "open", "clipping, noise, how batches are drawn"),
+            ("noise", "DP-LoRA is worse than with its clipping alone.", "clipped", "noise"),
+        )
         for suffix, where, part, more in (
-            ("", "At ε = 3,", "", {}),
-            ("-mnist", "On MNIST at ε = 3,", "mnist_", {}),
-            ("-phantom", "Segmenting the phantom at ε = 3,", "phantom_", SITES),
-            ("-nuclei", "Segmenting nuclei at ε = 3,", "nuclei_", SITES),
+            ("", "At ε = 3", "", {}),
+            ("-mnist", "On MNIST at ε = 3", "mnist_", {}),
+            ("-phantom", "Segmenting the phantom at ε = 3", "phantom_", SITES),
+            ("-nuclei", "Segmenting nuclei at ε = 3", "nuclei_", SITES),
         )
     },
-    "privacy-costs-more-at-one": _private(
-        "At ε = 8 DP-LoRA is better than at ε = 1.",
+    "budget-costs": _private(
+        "DP-LoRA is better at ε = 8 than at ε = 1.",
         "fedit@private_e8",
         "fedit",
         "e1",
