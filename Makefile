@@ -141,25 +141,20 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 
 SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=exact,lam=$(lam))
 RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
-ASSIGNED := fedsa_sor inverse_fedsa_sor anti_sor
 BRANCHES := dual dual_sor dual_alike dual_alike_sor dual_alike_sor:lam=1
 PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop
 MORE := fedbn fedproto fedalt fdlora moon
 OTHERS := fedprox fedas lcfed client_tailored hydra pfedlora pfedsam fedmsa
 evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised methods on phantoms (about five hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
-	$(BIN)/fedlora compare $(ASSIGNED) $(BOTH) --leakage --out runs/sor_rest
-	$(BIN)/fedlora compare $(ASSIGNED) $(call CELL,0,0) --out runs/sor_none
-	$(BIN)/fedlora compare $(ASSIGNED) $(call CELL,1,0) --out runs/sor_appearance
-	$(BIN)/fedlora compare $(ASSIGNED) $(call CELL,0,1) --out runs/sor_supervision
+	$(BIN)/fedlora compare fedsa_sor inverse_fedsa_sor anti_sor $(BOTH) --leakage --out runs/sor_rest
 	$(BIN)/fedlora compare $(BRANCHES) $(BOTH) --leakage --out runs/sor_branches
 	$(BIN)/python -m fedlora_mini.experiments.counterfactual runs/counterfactual.jsonl && cp runs/counterfactual.jsonl results/
 	$(BIN)/fedlora compare fedavg fedbn $(RESFIM) $(call CELL,1,0) --out runs/resfim_appearance
 	$(BIN)/fedlora compare $(PERSONAL) $(BOTH) --out runs/personal_both
 	$(BIN)/fedlora compare $(MORE) $(BOTH) --out runs/personal_more
 	$(BIN)/fedlora compare $(OTHERS) $(BOTH) --out runs/personal_rest
-	for name in sor_both sor_rest sor_none sor_appearance sor_supervision sor_branches resfim_appearance \
-	  personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	for name in sor_both sor_rest sor_branches resfim_appearance personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 ALL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 encoder_local decoder_local \
        dual pooled
