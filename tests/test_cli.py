@@ -26,6 +26,7 @@ TINY = [
 TINY += ["--option", "per_site=6", "--option", "val=2", "--option", "test=3"]
 
 
+@pytest.mark.slow
 def test_the_method_table_shows_the_rows_asked_for(capsys):
     """All of them without a name; tests/experiments/test_table.py runs every row."""
     assert main(["methods", "fedit", "iat", "local"]) == 0
@@ -34,6 +35,7 @@ def test_the_method_table_shows_the_rows_asked_for(capsys):
     assert "B of encoder, A of decoder, head" in next(line for line in lines if line.startswith("iat"))
 
 
+@pytest.mark.slow
 def test_the_check_says_that_rows_do_what_they_say(capsys):
     assert main(["methods", "fedit", "fedalt", "--check"]) == 0
     assert capsys.readouterr().out.count("as it says") == 2
@@ -55,6 +57,7 @@ def test_a_run_ends_with_a_table_and_names_its_folder(tmp_path, capsys):
     assert (folder / "final.safetensors").exists() and not (folder / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_ends_with_tables_and_a_figure(tmp_path, capsys):
     folder = tmp_path / "comparison"
     assert main(["compare", "local", "iat", *TINY, "--seeds", "0-1", "--out", str(folder)]) == 0
@@ -71,6 +74,7 @@ def test_an_audit_convicts_the_broken_mechanisms_and_not_the_right_one(capsys):
     assert told.pop("as it should be") == "false" and list(told.values()) == ["true"] * 3
 
 
+@pytest.mark.slow
 def test_data_show_writes_a_gallery(tmp_path, capsys):
     picture = tmp_path / "gallery.png"
     assert main(["data", "show", "phantom", "--size", "32", "--option", "per_site=8", "--out", str(picture)]) == 0
@@ -132,6 +136,7 @@ def test_help_is_there(command, capsys):
         assert "example" in out
 
 
+@pytest.mark.slow
 def test_the_installed_command_is_the_same():
     out = subprocess.run(
         [sys.executable, "-m", "fedlora_mini.cli", "methods", "fedsa"], capture_output=True, text=True, check=True

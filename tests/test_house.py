@@ -66,6 +66,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(path):
         assert not [name for name, top in imports(path) if top and name.split(".")[0] in LAZY]
 
 
+@pytest.mark.slow
 def test_importing_the_parts_that_train_does_not_import_monai():
     code = "import sys, fedlora_mini, fedlora_mini.adapters, fedlora_mini.federation, fedlora_mini.data;"
     code += "sys.exit(any(name in sys.modules for name in ('monai', 'nilearn', 'peft', 'opacus', 'anywidget')))"

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_picture_shows_itself_without_pyplot():
     code = """
 import sys

@@ -16,6 +16,13 @@ from fedlora_mini.adapters.io import load, save
 from fedlora_mini.losses import segmentation_loss
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Adapters inside Swin UNETR, the slowest network, are left to `make unit`."""
+    for item in items:
+        if item.name.startswith("test_inside_networks") and "swin_unetr" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

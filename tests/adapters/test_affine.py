@@ -140,6 +140,7 @@ def test_inside_networks(name, oracle, tmp_path):
     assert merging == {"unet": {False}, "minisam": {True}, "segresnet": {True}}.get(name, {True, False})
 
 
+@pytest.mark.slow
 def test_it_trains_in_a_network_without_affine_norms():
     model = freeze(zoo.build("unet", 2, features=(4, 8, 8)))
     inject(model, lambda layer, g: Affine(layer), norms, among=(nn.Module,))

@@ -12,7 +12,8 @@ from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.models import zoo
 from fedlora_mini.privacy import clip_sum, norms
 
-NETWORKS = [pytest.param(n, marks=pytest.mark.slow) if n == "swin_unetr3d" else n for n in zoo.MODELS]
+QUICK = ("minisam", "unet", "swin_unetr", "segresnet")
+NETWORKS = [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in zoo.MODELS]
 
 
 def setting(name, images=3, dtype=torch.float32):

@@ -60,6 +60,7 @@ def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_build_finds_the_outputs_of_a_chapter_that_was_executed(book: Path) -> None:
     executed.run_missing(jobs=2)
     executed.fill(["page"])

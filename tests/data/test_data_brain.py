@@ -25,6 +25,7 @@ def test_without_nilearn_the_error_names_the_package(monkeypatch: pytest.MonkeyP
         load("brain")
 
 
+@pytest.mark.slow
 def test_sites_are_called_simulated_and_share_no_slice() -> None:
     pytest.importorskip("nilearn")
     plain, look, rule = (load("brain", size=32, appearance=a, supervision=s) for a, s in ((0, 0), (1, 0), (0, 1)))

@@ -307,6 +307,7 @@ def test_too_few_images_for_three_splits_name_the_site(hospitals: Path) -> None:
         load(hospitals)
 
 
+@pytest.mark.slow
 def test_the_six_hospitals_load_in_seconds_and_one_is_held_out(real_data: Path) -> None:
     path = real_data / "polypgen/polypgen256.zip"
     start = time.process_time()

@@ -347,6 +347,7 @@ def test_a_corrupt_download_is_refused_and_never_left(small: Path, server, own_h
     assert not [p for p in own_home.rglob("*") if p.is_file()]
 
 
+@pytest.mark.slow
 def test_the_real_volumes_are_whole_and_say_what_the_note_says(
     real_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

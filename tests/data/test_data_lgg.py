@@ -226,6 +226,7 @@ def test_the_script_takes_an_address_through_an_interruption(
         runpy.run_path(str(script), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_nine_raw_patients_give_what_the_prepared_file_holds(real_data: Path) -> None:
     sample = real_data / "lgg" / "kaggle_3m_sample.zip"
     if not sample.is_file():
@@ -248,6 +249,7 @@ def test_nine_raw_patients_give_what_the_prepared_file_holds(real_data: Path) ->
     assert area == {p: int(raw["mask"][raw["patient"] == p].sum()) for p in area}
 
 
+@pytest.mark.slow
 def test_the_real_institutions_have_their_patients_whole(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = real_data / lgg.ARCHIVE
     if not path.is_file():

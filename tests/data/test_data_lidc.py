@@ -286,6 +286,7 @@ def test_the_script_says_how_far_the_raters_differ(
         runpy.run_path(str(script), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_the_real_raters_differ_as_the_file_says(real_data: Path) -> None:
     lidc.verify(real_data / lidc.ARCHIVE)
     _, masks, patients = lidc.raters()

@@ -74,6 +74,7 @@ def test_domains_become_sites_split_by_image(small: Path) -> None:
         assert len(site.train) <= 4 * len(ids["train"])
 
 
+@pytest.mark.slow
 def test_preparing_twice_gives_the_same_bytes_and_no_pickle(small: Path) -> None:
     first = nuclei.tile_archive(small, 64)
     again = nuclei.tile_archive(small, 64)

@@ -30,6 +30,7 @@ def test_the_shift_table_shows_both_shifts() -> None:
     assert data.sites[0].statistics()["foreground_share"] == pytest.approx(table.loc["site1", "foreground_share"])
 
 
+@pytest.mark.slow
 def test_a_gallery_has_a_row_a_site_and_can_be_saved() -> None:
     import matplotlib
 

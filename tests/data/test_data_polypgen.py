@@ -276,6 +276,7 @@ def test_the_public_home_is_asked_when_nothing_is_here(
     assert fetch("polypgen") == polypgen.prepared(64)
 
 
+@pytest.mark.slow
 def test_the_real_frames_are_those_of_the_paper(real_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = real_data / polypgen.ARCHIVE
     if not path.is_file():

@@ -158,6 +158,7 @@ def test_names_sort_as_a_reader_counts() -> None:
     assert sorted(["f10", "f2", "f1b", "a"], key=natural) == ["a", "f1b", "f2", "f10"]
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = "('monai', 'nilearn', 'matplotlib', 'pandas', 'nibabel', 'scipy', 'PIL')"
     code = f"import sys, fedlora_mini.data; print([m for m in {heavy} if m in sys.modules])"

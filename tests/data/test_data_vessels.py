@@ -274,6 +274,7 @@ def test_the_script_says_what_shrinking_does(
         runpy.run_path(str(script), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_the_real_images_are_what_the_file_says(real_data: Path) -> None:
     tiles, shrunk = (load("vessels", patch=patch) for patch in (True, False))
     assert [s.record["images"] for s in tiles.sites] == [28, 42]
@@ -292,6 +293,7 @@ def test_the_real_images_are_what_the_file_says(real_data: Path) -> None:
         assert np.mean(dice) == pytest.approx(ceiling, abs=0.006)
 
 
+@pytest.mark.slow
 def test_the_real_neighbours_of_hrf_look_like_two_eyes_of_one_person(real_data: Path) -> None:
     load("vessels", size=16)
     stored = load_npz(vessels.prepared(64))

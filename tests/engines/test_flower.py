@@ -31,6 +31,7 @@ def test_one_file_alone_imports_flower():
     assert using == {"flower.py"}
 
 
+@pytest.mark.slow
 def test_engines_and_runs_can_be_imported_without_flower():
     code = "import sys; sys.modules['flwr'] = None; import fedlora_mini.engines, fedlora_mini.engines.flower;"
     code += "import fedlora_mini.experiments.network, fedlora_mini.experiments.loopback"

@@ -62,6 +62,7 @@ def test_one_run_alone_has_a_report_too(comparison, tmp_path):
     write_report(results[:1], tmp_path)
 
 
+@pytest.mark.slow
 def test_the_search_for_a_rate_never_touches_a_reported_seed(tmp_path):
     results = Comparison(["fedit"], [0], TINY, tmp_path, rates=[1e-5, 1e-2]).run()
     searched = [json.loads(p.read_text()) for p in tmp_path.glob(f"fedit-seed{SEARCH_SEED}-*/result.json")]
@@ -147,6 +148,7 @@ def test_data_without_unseen_sites_have_a_report(tmp_path):
     assert write_report(results, tmp_path)[0].exists()
 
 
+@pytest.mark.slow
 def test_runs_of_no_rounds_have_a_report(tmp_path):
     results = Comparison(["fedit", "iat"], [0, 1], {**TINY, "rounds": 0}, tmp_path).run()
     table = summary(results)

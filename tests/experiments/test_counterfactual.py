@@ -105,6 +105,7 @@ def test_a_planted_leak_is_found(monkeypatch):
     assert clean < 0.5 < 0.8 < m7()
 
 
+@pytest.mark.slow
 def test_over_several_steps_too_equal_private_factors_couple_nothing():
     federation = trained(IAT)
     assert coupling(federation)["m1_steps"] > 1e-4

@@ -118,6 +118,7 @@ def study(tmp_path):
     return Study(["vessel"], ["head", "arena-4"], [1, 2], [0, 1], tmp_path / "study", (1e-3, 1e-2), dict(TINY))
 
 
+@pytest.mark.slow
 def test_rates_are_chosen_on_the_tuning_task_alone(study):
     results = study.run()
     searched = read_lines(study.folder / "search.jsonl")
@@ -130,6 +131,7 @@ def test_rates_are_chosen_on_the_tuning_task_alone(study):
     assert len(results) == 2 * 2 * 2
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(study, monkeypatch):
     results = study.run()
     path = study.folder / "runs.jsonl"

@@ -22,6 +22,7 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_supervision_leaves_the_features_and_appearance_moves_them_far_beyond_chance():
     """The controls: without a shift, or under supervision alone, two sites are like two halves of one."""
     found = {}
@@ -56,6 +57,7 @@ def test_every_data_set_is_stored_with_its_provenance_and_three_splits(stored):
         near.of(stored, "phantom, both", "unet")
 
 
+@pytest.mark.slow
 def test_the_stored_records_make_a_table_and_a_picture(stored):
     table = near.table(stored)
     assert set(table["data"]) == set(near.CASES) and set(table["share"]) <= {"A", "B", "either"}

@@ -71,6 +71,7 @@ def kill_after_two_rounds(own, folder, monkeypatch):
         run(own, folder)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_ledger_that_it_had(tmp_path, monkeypatch):
     whole = run(config(), tmp_path / "whole")
     kill_after_two_rounds(config(), tmp_path / "killed", monkeypatch)
@@ -99,6 +100,7 @@ def test_every_row_takes_a_filter():
     assert config(change={"filter": "none"}).row.objective == ()
 
 
+@pytest.mark.slow
 def test_clients_can_be_what_is_protected(tmp_path):
     own = config(unit="client", fraction=0.5, rounds=4, clip=0.1)
     whole = run(own, tmp_path)

@@ -99,6 +99,7 @@ def test_every_private_run_kept_its_promise(stored, part):
         assert budget is None or 0.99 * budget < own["epsilon"] <= budget
 
 
+@pytest.mark.slow
 def test_no_best_rate_lies_at_the_edge_of_what_was_tried(stored):
     searched = read_results([RATES])
     assert {r["config"]["seed"] for r in searched} == set(SEARCH_SEEDS) and not edges(searched)

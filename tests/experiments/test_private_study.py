@@ -97,6 +97,7 @@ def test_half_the_steps_need_less_noise_for_the_same_epsilon(tmp_path, ran):
     assert 2.9 < half["privacy"]["epsilon"] <= 3.0
 
 
+@pytest.mark.slow
 def test_rates_are_searched_on_a_seed_that_is_not_reported_and_edges_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(PARTS, "main", private.Part("two arms", ("ffa", "la_lora")))
     monkeypatch.setattr(private, "WIDEN", 0)
@@ -135,6 +136,7 @@ def test_without_training_a_new_head_guesses(tmp_path):
     assert sum(scores) / len(scores) < 0.25 and "privacy" not in r and r["bytes_up"] == []
 
 
+@pytest.mark.slow
 def test_noise_alone_obeys_the_count_of_noisy_steps(tmp_path):
     """Alternating for K steps is like both factors for K/2, and less than both for K."""
     told = study(tmp_path, ["noise", "noise_half"], seeds=(0,), changes={"rounds": 4}).run()
@@ -184,6 +186,7 @@ def test_any_report_of_labels_speaks_of_accuracy(ran, tmp_path):
     assert "personal accuracy" in text.read_text() and "HD95" not in text.read_text() and picture.exists()
 
 
+@pytest.mark.slow
 def test_masks_are_a_task_of_the_same_study(tmp_path):
     """A private segmentation: MiniSAM on phantoms, scored by Dice."""
     small = {"data_options": {"per_site": 24, "val": 1, "test": 2}, "batch": 6, "rounds": 1, "steps": 2}
@@ -194,6 +197,7 @@ def test_masks_are_a_task_of_the_same_study(tmp_path):
     assert all(r["privacy"]["q"] == pytest.approx(0.25) and r["privacy"]["epsilon"] <= 3 for r in results)
 
 
+@pytest.mark.slow
 def test_sharpness_is_compared_where_all_arms_have_the_same_training_loss():
     short = COMMON | SHORT | {"rounds": 3, "lr": 0.3}
     arms = [RunConfig(**short | {"method": name}) for name in ("la_lora", "ffa")]

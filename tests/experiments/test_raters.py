@@ -44,6 +44,7 @@ def test_the_stored_simulation_made_again_gives_the_same_numbers():
     assert new["dice"] == told["dice"][:60]
 
 
+@pytest.mark.slow
 def test_the_stored_readers_made_again_give_the_same_numbers():
     if not lidc.ready(lidc.SIDE):
         pytest.skip("lidc is not on this machine: fedlora data fetch lidc")

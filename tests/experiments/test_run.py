@@ -73,6 +73,7 @@ def test_a_folder_without_a_finished_run_is_refused(tmp_path):
         Federation.finished(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_holds_no_more_updates_than_its_rule(monkeypatch):
     """Of a mean that is the first one, the one at hand and the one before it; the error is measured as they pass."""
     alive, most, close = set(), [0], Member.close
@@ -91,6 +92,7 @@ def test_a_run_holds_no_more_updates_than_its_rule(monkeypatch):
     assert record.agg_err is not None and len(record.clients) == 5 and most[0] <= 3
 
 
+@pytest.mark.slow
 def test_stopping_after_any_round_and_going_on_changes_nothing(tmp_path):
     config = RunConfig(method="fedsa", fraction=0.5, **TINY)
     whole = run(config, tmp_path / "whole")
@@ -216,6 +218,7 @@ def test_a_dirichlet_partition_sets_the_number_of_clients():
     assert [site.name for site in federation.data.sites] == ["client0", "client1"]
 
 
+@pytest.mark.slow
 def test_a_record_says_what_the_rows_work_found(tmp_path):
     result = run(RunConfig(method="resfim", **TINY, change={"images": 2}), tmp_path)
     assert result["scores"]["work"].keys() == result["scores"]["personal"].keys()

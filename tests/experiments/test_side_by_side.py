@@ -72,6 +72,7 @@ def test_the_in_process_side_made_again_gives_the_stored_hash(line):
 SMALL = RunConfig(method="iat", **side_by_side.TINY | {"rounds": 2, "steps": 1, "batch": 2})
 
 
+@pytest.mark.slow
 def test_asked_replaces_whom_the_config_would_ask_and_execution_is_one_by_one():
     torch.set_num_threads(1)
     federation = Federation.build(SMALL)

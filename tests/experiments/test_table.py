@@ -28,7 +28,16 @@ def data():
     return load("phantom", size=32, sites=SITES, unseen=0, per_site=6, val=2, test=2)
 
 
-CASES = [("minisam", name) for name in METHODS]
+QUICK = ("hetlora", "fedex", "ditto", "fedadam", "as_lora", "fedas", "lcfed", "fedproto")  # one of every kind of memory
+SPLIT = ("fedit", "fedsa", "iat", "anti_iat", "dual", "hydra", "rolora")  # and of every way to share
+
+
+def slow_but(quick, *before):
+    """Every row, those outside `quick` marked slow."""
+    return [pytest.param(*before, name, marks=[pytest.mark.slow] * (name not in quick)) for name in METHODS]
+
+
+CASES = slow_but(QUICK + SPLIT, "minisam")
 CASES += [pytest.param("unet", name, marks=pytest.mark.slow) for name in METHODS if name != "fedbn"]
 CASES += [("unet_bn", "fedbn"), pytest.param("attention_unet", "fedbn", marks=pytest.mark.slow)]
 
@@ -180,11 +189,7 @@ class Stop(Exception):
     pass
 
 
-QUICK = ("hetlora", "fedex", "ditto", "fedadam", "as_lora", "fedas", "lcfed", "fedproto")  # one of every kind of memory
-RESUMED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
-
-
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", slow_but(QUICK))
 def test_a_row_can_be_stopped_and_goes_on_to_the_same_bytes(tmp_path, name):
     more = {"ranks": [2, 4]} if name in ("flora", "hetlora") else {}
     config = RunConfig(method=name, **{**TINY, **more})

@@ -137,6 +137,7 @@ def test_the_released_curvature_is_the_quadratics(tiny):
     assert Selected("none")._kappa(engine.members[0], name, now, where, where) == 0
 
 
+@pytest.mark.slow
 def test_the_raw_curvature_is_the_second_difference_of_the_loss_on_the_last_batch(tiny):
     engine, server = federation(tiny, replace(ROW, work=Selected("raw")))
     advance(engine, server, 3)
@@ -152,6 +153,7 @@ def test_the_raw_curvature_is_the_second_difference_of_the_loss_on_the_last_batc
         assert found == pytest.approx((up - 2 * here + down) / h**2, rel=1e-2, abs=1e-7), name
 
 
+@pytest.mark.slow
 def test_before_its_first_round_no_curvature_enters_a_score(tiny):
     """The published code has it in the last ten rounds only."""
     told = {}

@@ -138,6 +138,7 @@ def test_depthwise_convolutions_are_adapted_and_merging_changes_nothing():
     assert torch.equal(unmerge(model).encoder.blocks[3].depthwise.base.weight, plain)
 
 
+@pytest.mark.slow
 def test_gradients_per_sample_equal_a_loop_and_batch_statistics_are_refused():
     model, state, x, y = adapted()
     rows, _ = per_sample_gradients(model, state, segmentation_loss, x, y)

@@ -318,6 +318,7 @@ def test_the_same_task_keeps_the_head_and_a_new_one_draws_it_from_the_seed(weigh
         load_base("meshnet", 2, (16, 16, 16), base="meshnet-brain", same_task=True)
 
 
+@pytest.mark.slow
 def test_the_example_in_the_documentation_runs(weights):
     result = doctest.testmod(meshnet)
     assert result.attempted >= 10 and result.failed == 0

@@ -119,6 +119,7 @@ def test_the_budget_is_met_at_the_end_and_layers_share_it(adapted, fit):
     assert len(set(ranks)) > 1
 
 
+@pytest.mark.slow
 def test_the_number_of_directions_follows_the_schedule_and_the_last_mask_stays(adapted, fit):
     """The same training broken off after 1, 2, … steps."""
     model, T = adapted(Diagonal, rank=4, start="unit"), 16

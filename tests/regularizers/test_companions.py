@@ -213,6 +213,7 @@ def descend(adapter, W, *terms, steps=1500, lr=0.02):
     return ((state["P.B"] * v) @ state["P.A"]).detach(), int((v != 0).sum())
 
 
+@pytest.mark.slow
 def test_arena_ends_at_the_same_matrix_from_any_rank_and_lora_does_not():
     """In the unit gauge a singular value σ of W ends at v with σ - v = λ / (1 + 2 v²), or at 0 where σ <= λ.
 

@@ -283,6 +283,7 @@ def size(state):
     return [x.item() for x in (state["P.v"].abs().sum(), W.norm(), torch.linalg.matrix_norm(W, "nuc"), loss)]
 
 
+@pytest.mark.slow
 def test_without_gauge_and_decay_the_penalty_falls_by_rescaling_alone():
     """Claim A3: ||v||_1 falls, W and the loss stay. A gauge holds it at ||W||_* or above; decay of A and B stops it."""
     start = {"start": "gate", "rank": 3}

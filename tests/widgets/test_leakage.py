@@ -124,6 +124,7 @@ def test_impossible_values_are_refused(bad: dict) -> None:
         SubspaceLeakage(**bad)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("node"), reason="no node on this machine")
 def test_javascript_computes_what_the_library_computes(tmp_path: Path) -> None:
     (tmp_path / "widget.mjs").write_text(load("leakage.js"), encoding="utf-8")

@@ -1,0 +1,41 @@
+"""What all works promise: words for the table, and good notes kept when a client diverges."""
+
+import pytest
+import torch
+
+from fedlora_mini import state as S
+from fedlora_mini.data import Split
+from fedlora_mini.federation.works import (
+    Calibrated,
+    Ditto,
+    FedAS,
+    Fusion,
+    MovingAverage,
+    OwnPair,
+    ResFIM,
+    SelfPruning,
+    Style,
+)
+from watched import advance, parts, run
+
+
+@pytest.mark.parametrize(
+    "work", [Calibrated(), Ditto(), FedAS(), Fusion(), MovingAverage(), OwnPair(), ResFIM(), SelfPruning(), Style()]
+)
+def test_every_work_has_words_for_the_table(work):
+    assert 0 < len(work.label) < 80
+    assert all(isinstance(name, str) and "~" in name for name in (*work.messages, *work.notes))
+
+
+@pytest.mark.parametrize("name", ["ditto", "iop", "moon", "fedas", "resfim"])
+def test_a_client_that_diverges_keeps_its_last_good_notes(tiny, name):
+    watched, server, _ = run(name, parts(tiny), 2)
+    member = watched.members[1]
+    good, notes = member.data, S.clone(S.pick(member.notes, lambda name: not name.startswith("~bank")))
+    member.data = Split(torch.full_like(good.images, float("nan")), good.masks)
+    [record] = advance(watched, server, 3)
+    assert len(record.refused) == 1 and "client 1" in record.refused[0]
+    assert S.digest(S.pick(member.notes, notes.__contains__)) == S.digest(notes)
+    member.data = good
+    [record] = advance(watched, server, 4)
+    assert not record.refused and S.finite(watched.engine.personal(1, server))
