@@ -111,6 +111,7 @@ LONG = {"rounds": 20, "batch": 32}
 PHANTOM: dict[str, Any] = {"data": "phantom", "model": "minisam", "rank": 1, "size": 24, "batch": 8, "rounds": 6}
 PHANTOM |= {"dirichlet": None, "clients": None, "data_options": {"n_sites": 8, "per_site": 64, "val": 8, "test": 16}}
 NUCLEI: dict[str, Any] = PHANTOM | {"data": "nuclei", "size": 32, "batch": 16}
+NUCLEI |= {"dirichlet": 0.1, "clients": 8}  # four domains, dealt by domain
 NUCLEI |= {"data_options": {"per_site": 200, "val": 40, "test_seed": 0}}
 PARTS: dict[str, Part] = {
     "main": Part("Dirichlet 0.1, epsilon 3: every arm that moves K steps a round, by filter", MAIN),
