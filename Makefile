@@ -140,6 +140,7 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 	cat runs/base_1/results.jsonl runs/base_2/results.jsonl > results/factorial_bases.jsonl
 
 SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=exact,lam=$(lam))
+SOR_REST := fedsa_sor inverse_fedsa_sor anti_sor
 RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
 BRANCHES := dual dual_sor dual_alike dual_alike_sor dual_alike_sor:lam=1
 PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop
@@ -147,26 +148,38 @@ MORE := fedbn fedproto fedalt fdlora moon
 OTHERS := fedprox fedas lcfed client_tailored hydra pfedlora pfedsam fedmsa
 evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised methods on phantoms (about five hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
-	$(BIN)/fedlora compare fedsa_sor inverse_fedsa_sor anti_sor $(BOTH) --leakage --out runs/sor_rest
+	$(BIN)/fedlora compare $(SOR_REST) $(BOTH) --leakage --out runs/sor_rest
+	$(BIN)/fedlora compare $(SOR_REST) $(call CELL,0,0) --out runs/sor_rest_none
+	$(BIN)/fedlora compare $(SOR_REST) $(call CELL,1,0) --out runs/sor_rest_appearance
+	$(BIN)/fedlora compare $(SOR_REST) $(call CELL,0,1) --out runs/sor_rest_supervision
 	$(BIN)/fedlora compare $(BRANCHES) $(BOTH) --leakage --out runs/sor_branches
 	$(BIN)/python -m fedlora_mini.experiments.counterfactual runs/counterfactual.jsonl && cp runs/counterfactual.jsonl results/
 	$(BIN)/fedlora compare fedavg fedbn $(RESFIM) $(call CELL,1,0) --out runs/resfim_appearance
 	$(BIN)/fedlora compare $(PERSONAL) $(BOTH) --out runs/personal_both
 	$(BIN)/fedlora compare $(MORE) $(BOTH) --out runs/personal_more
 	$(BIN)/fedlora compare $(OTHERS) $(BOTH) --out runs/personal_rest
-	for name in sor_both sor_rest sor_branches resfim_appearance personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	for name in sor_both sor_rest sor_rest_none sor_rest_appearance sor_rest_supervision sor_branches resfim_appearance \
+	  personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 ALL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 encoder_local decoder_local \
        dual pooled
+# Each split searches on its own validation images, so that no test image takes part; the polyps are an older run.
+GLIOMAS := --data lgg --size 64 --steps 8 --batch 4 --threads 1 --seeds 0-5 --search-lr 3e-3,1e-2 --eval-every 0
 evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas, polyps (about four hours on one core)
 	$(BIN)/fedlora data prepare lgg --size 64  # Kaggle asks for a login: see data_scripts/lgg.py
-	$(BIN)/fedlora compare $(ALL) --data lgg --size 64 --rounds 8 --steps 8 --batch 4 --threads 1 \
-	  --seeds 0-5 --search-lr 1e-3,3e-3,1e-2,3e-2 --search-on other-seed --eval-every 0 --out runs/hospitals_lgg
+	$(BIN)/fedlora compare $(ALL) $(GLIOMAS) --rounds 8 --out runs/hospitals_lgg
+	$(BIN)/fedlora compare local fedit $(GLIOMAS) --rounds 8 --rank 8 --out runs/hospitals_lgg_rank8
+	$(BIN)/fedlora compare fedit dual $(GLIOMAS) --rounds 5 --out runs/lgg_5
+	$(BIN)/fedlora compare fedsa $(GLIOMAS) --rounds 9 --out runs/lgg_9
+	$(BIN)/fedlora compare inverse_fedsa $(GLIOMAS) --rounds 13 --out runs/lgg_13
+	$(BIN)/fedlora compare anti_own_head $(GLIOMAS) --rounds 16 --out runs/lgg_16
+	cd runs && (grep -hE '"method": "iat(_own_head)?",' hospitals_lgg/results.jsonl; \
+	  cat lgg_5/results.jsonl lgg_9/results.jsonl lgg_13/results.jsonl lgg_16/results.jsonl) > ../results/hospitals_lgg_bytes.jsonl
 	$(BIN)/fedlora data fetch polypgen
 	$(BIN)/fedlora compare $(ALL) --data polypgen --model efficientnet --base imagenet --size 64 --rounds 8 --steps 12 \
 	  --batch 4 --threads 1 --seeds 0-3 --search-lr 3e-3,1e-2 --search-on other-seed --eval-every 0 \
 	  --out runs/hospitals_polypgen
-	for name in hospitals_lgg hospitals_polypgen; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	for name in hospitals_lgg hospitals_lgg_rank8 hospitals_polypgen; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl
 

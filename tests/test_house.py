@@ -98,3 +98,12 @@ def test_every_reference_of_a_table_is_in_the_bibliography():
     cited = {row.reference for table in (METHODS, ADAPTERS) for row in table.values()}
     cited |= {claim.source for claim in CLAIMS.values()}
     assert cited - {""} <= known
+
+
+def test_the_readme_counts_the_rows_of_both_tables():
+    from fedlora_mini.adapters import ADAPTERS
+    from fedlora_mini.federation import METHODS
+
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    assert f"one table of {len(METHODS)} rows" in readme
+    assert f"{len(ADAPTERS)} ways to adapt a network" in readme

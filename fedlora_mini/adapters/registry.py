@@ -163,10 +163,15 @@ ADAPTERS: dict[str, Recipe] = {
         "(1 - μ) D_own + μ s B A, D_own every weight", "yi2023pfedlora", (_at(Blend),), lr=2e-3, federated=True
     ),
     "lcfed": Recipe(
-        "LoRA, gates by site at the decoder's norms, a calibrated head",
+        "every weight, gates by site at the decoder's norms, a calibrated head",
         "wang2022lcfed",
-        (_at(LoRA), Placement(SiteAttention, places.norms, ("decoder",))),
+        (
+            _at(Dense),
+            Placement(Affine, places.norms, ("encoder",)),
+            Placement(SiteAttention, places.norms, ("decoder",)),
+        ),
         head=Placement(Calibration, regions=("head",)),
+        lr=1e-3,
         federated=True,
     ),
     "fedmsa": Recipe(

@@ -39,3 +39,10 @@ def low_frequency_swap(
     window = low_frequency_window(images.shape[-2], images.shape[-1], ratio).to(own)
     target = own + mixing * window * (amplitude - own)
     return torch.fft.ifft2(torch.polar(target.expand_as(own).contiguous(), spectrum.angle())).real
+
+
+def low_frequencies(images: Tensor, ratio: float) -> Tensor:
+    """The mean amplitude inside the window, zero outside: no more than others' swaps read. (C, H, W)."""
+    amplitude = mean_amplitude(images)
+    height, width = amplitude.shape[-2:]
+    return amplitude * low_frequency_window(height, width, ratio).to(amplitude)

@@ -91,7 +91,7 @@ class RunConfig:
     @property
     def row(self) -> Method:
         """The method with this run's changes; what its rule draws follows the run's seed."""
-        return method(self.method).seeded(self.seed).but(**self.change)
+        return method(self.method).seeded(self.seed).but(**self.change).lasting(self.rounds)
 
     def ranks_of(self, clients: int, row: Method) -> dict[int, int]:
         """Client -> its rank; empty if all have the model's."""

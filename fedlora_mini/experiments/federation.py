@@ -21,6 +21,7 @@ from fedlora_mini.experiments.leakage import Watch
 from fedlora_mini.experiments.promise import Promise, guard_of, with_client_privacy
 from fedlora_mini.federation import Server, Update, federate, repartition
 from fedlora_mini.federation.aggregation import AggregationError, aggregation_error
+from fedlora_mini.federation.client import moves_at_all
 from fedlora_mini.federation.exchange import OWN
 from fedlora_mini.federation.loop import Round
 from fedlora_mini.metrics import evaluate, recognise
@@ -154,6 +155,18 @@ class Federation:
     def promise(self) -> Promise:
         """The budget of the run and what is spent of it."""
         return Promise(self.config, self.engine.method, self.engine.members)
+
+    @property
+    def trained(self) -> int:
+        """How many numbers a client's training can move: no messages or notes, nothing received or held still."""
+        setting, schedule = self.engine.setting, self.engine.method.schedule
+        steps = setting.budget.steps
+        moving = (
+            name
+            for name, key in setting.keys.items()
+            if moves_at_all(key, setting.layers) and schedule.may_move(key, 2, steps)  # in two rounds all have a turn
+        )
+        return sum(self.server.state[name].numel() for name in moving)
 
     def client_of(self, site: int) -> int:
         return 0 if self.engine.method.pooled else site

@@ -88,14 +88,21 @@ CELLS: dict[str, dict[str, float]] = {  # beside the one of `main`: Dirichlet 0.
 }
 
 
-def _cell(name: str) -> dict[str, Part]:
-    """What `main`, `half` and `rest` are, at another epsilon or another share of labels."""
-    told = CELLS[name]
-    where = f"Dirichlet {told['dirichlet']:g}, epsilon {told['epsilon']:g}"
+def _by_arm(name: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
+    """What `main`, `half` and `rest` are, elsewhere."""
     return {
         name: Part(f"{where}: the arms of main", MAIN, told),
         f"{name}_half": Part(f"{where}: K/2 steps", tuple(filtered("fedit")), {**told, "steps": STEPS // 2}),
         f"{name}_rest": Part(f"{where}: the filters on A first and AS-LoRA", REST, told),
+    }
+
+
+def _with_references(name: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
+    """The same on other data, and what `open`, `clipped` and `untrained` are there."""
+    return _by_arm(name, where, told) | {
+        f"{name}_open": Part(f"{where}: without privacy", FIXED, told | OPEN),
+        f"{name}_clipped": Part(f"{where}: clipped, without noise", ("fedit",), told | CLIPPED),
+        f"{name}_untrained": Part(f"{where}: the base under a new head", ("fedit",), told | UNTRAINED, ()),
     }
 
 
@@ -124,7 +131,13 @@ PARTS: dict[str, Part] = {
     "untrained": Part("the base under a new head", ("fedit",), UNTRAINED, ()),
     "noise": Part("noise alone: its energy in BA", NOISY, {**NO_BUDGET, "lr": 0.01}, (), 4),
     "noise_half": Part("the same with K/2 steps", ("fedit",), {**NO_BUDGET, "lr": 0.01, "steps": STEPS // 2}, (), 4),
-    **{name: part for cell in CELLS for name, part in _cell(cell).items()},
+    **{
+        name: part
+        for cell, told in CELLS.items()
+        for name, part in _by_arm(
+            cell, f"Dirichlet {told['dirichlet']:g}, epsilon {told['epsilon']:g}", dict(told)
+        ).items()
+    },
     **{
         f"{kind}_{dealt}": Part(f"Dirichlet {alpha:g}: {text}", arms, {**settings, "dirichlet": alpha}, rates)
         for dealt, alpha in (("d03", 0.3), ("d05", 0.5))
@@ -133,22 +146,10 @@ PARTS: dict[str, Part] = {
             ("untrained", "the base under a new head", ("fedit",), UNTRAINED, ()),
         )
     },
-    "mnist": Part("MNIST in the place of the digits", (*PLAIN, "la_lora:first=A", *FILTERS_OF_TWO), MNIST),
-    "mnist_half": Part("MNIST with K/2 steps", ("fedit",), {**MNIST, "steps": STEPS // 2}),
-    "mnist_open": Part("MNIST without privacy", FIXED, MNIST | OPEN),
-    "mnist_clipped": Part("MNIST clipped, without noise", ("fedit",), MNIST | CLIPPED),
+    **_with_references("mnist", "MNIST", MNIST),
     "mnist_long": Part("MNIST, twice the rounds and the expected batch", PLAIN, MNIST | LONG),
     "mnist_long_open": Part("the same without privacy", ("fedit", "la_lora"), MNIST | LONG | OPEN),
-    "mnist_untrained": Part("MNIST: the base under a new head", ("fedit",), MNIST | UNTRAINED, ()),
-    "phantom": Part(
-        "segmentation of the phantom at eight sites",
-        (*PLAIN, "la_lora:first=A", *FILTERS_OF_TWO, "rolora:filter=low-pass"),
-        PHANTOM,
-    ),
-    "phantom_half": Part("the phantom with K/2 steps", ("fedit",), {**PHANTOM, "steps": STEPS // 2}),
-    "phantom_open": Part("the phantom without privacy", FIXED, PHANTOM | OPEN),
-    "phantom_clipped": Part("the phantom clipped, without noise", ("fedit",), PHANTOM | CLIPPED),
-    "phantom_untrained": Part("the phantom: the base under a new head", ("fedit",), PHANTOM | UNTRAINED, ()),
+    **_with_references("phantom", "masks, the phantom at eight sites", PHANTOM),
     "nuclei": Part("segmentation of nuclei in four domains", (*PLAIN, "la_lora:first=A", *FILTERS_OF_TWO), NUCLEI),
     "nuclei_half": Part("the nuclei with K/2 steps", ("fedit",), {**NUCLEI, "steps": STEPS // 2}),
     "nuclei_open": Part("the nuclei without privacy", FIXED, NUCLEI | OPEN),

@@ -112,7 +112,7 @@ def _result(federation: Federation, records: list[dict[str, Any]], seconds: floa
         "scores": federation.evaluate("test") | federation.look() | _model(federation, rounds),
         **federation.validate(),
         "private_in_common_model": "weighted mean",
-        "trained": S.count(federation.server.state),
+        "trained": federation.trained,
         "sites": {site.name: site.sizes() for site in (*federation.data.sites, *federation.data.unseen)},
         "data_note": federation.data.note,
         "bytes_up": [r["bytes_up"] for r in rounds],

@@ -70,6 +70,7 @@ class Desk:
     method: Method
     answered: set[int] = field(default_factory=set)
     refused: list[str] = field(default_factory=list)
+    usable: int = 0
     weight: float = 0.0
     loss: float = 0.0
     bytes: int = 0
@@ -86,6 +87,7 @@ class Desk:
             if reason is not None:
                 self.refused.append(reason)
                 continue
+            self.usable += 1
             self.weight += update.weight
             self.loss += update.weight * update.loss
             self.bank |= by_client(update)
@@ -153,45 +155,25 @@ def federate(
     drawn = silent and getattr(method.rule, "clients", 0) < len(engine.clients)
     meter = partial(Held, agg_err) if agg_err is not None else meter
     while server.round < rounds:
-        t = server.round + 1
-        started = perf_counter()
+        t, started = server.round + 1, perf_counter()
         travels = {
             n for n, key in keys.items() if method.shared(key) and method.schedule.moves(key, t, steps, server.state)
         }
         before = {name: value for name, value in server.state.items() if name in travels or is_note(name)}
         requests = {client: Request(t, told(method, server, client)) for client in choose(t)}
         desk = Desk(S.pick(before, is_model), method)
-        arriving = desk.screen(engine.exchange(requests))
-        first = next(arriving, None)
-        good: Iterable[Update] = () if first is None else chain([first], arriving)
         measured = meter(server.state) if meter is not None and not silent else None
-        good = good if measured is None else passing(good, measured)
-        returned: State = {}
-        empty = getattr(method.rule, "empty", False) and (not requests or (silent and bool(desk.answered)))
-        nobody = first is None and empty
-        if nobody or (first is not None and (travels or method.work.messages)):
-            returned = method.rule(before, good)
-        for _ in good:
-            pass  # where nothing travels no rule reads them
+        returned = _combine(desk, engine.exchange(requests), before, bool(requests), measured)
         desk.refused += [f"client {client}: no answer" for client in sorted(requests.keys() - desk.answered)]
-        if first is None and not nobody:
+        if returned is None:
             why = "nobody answered" if silent else "; ".join(desk.refused)
             raise FedloraError(f"round {t}: no usable update ({why}). A smaller --lr often helps.")
-        products = products_in(returned)
-        new = {name: value for name, value in returned.items() if name not in products} | desk.bank
-        new |= fold(server.state, products, layers or {})
-        after = server.state | new
-        error = None if measured is None or nobody else measured.value(after | products)
         server.seen |= dict.fromkeys(desk.answered & requests.keys(), server.round)  # the others may not have heard
-        server.changed |= dict.fromkeys(new, t)
-        server.ranks |= desk.ranks
-        if getattr(method.rule, "fresh", False):
-            after |= fresh(after, t + 1, layers or {})
-        server.state, server.products, server.round = after, products, t
+        error = _advance(server, desk, returned, layers or {}, measured)
         record = Round(
             round=t,
             clients=sorted(requests),
-            loss=None if nobody or math.isnan(desk.loss) else desk.loss / desk.weight,
+            loss=desk.loss / desk.weight if desk.usable and not math.isnan(desk.loss) else None,
             bytes_up=desk.bytes,
             bytes_down=sum(wire_bytes(request.state) for request in requests.values()),
             agg_err=error,
@@ -199,6 +181,43 @@ def federate(
             refused=desk.refused,
         )
         yield record.without_clients(drawn) if silent else record
+
+
+def _combine(desk: Desk, updates: Iterable[Update], before: State, asked: bool, measured: Meter | None) -> State | None:
+    """The rule's answer to the usable updates, all of which pass the meter; None where it has none without any."""
+    rule = desk.method.rule
+    arriving = desk.screen(updates)
+    first = next(arriving, None)
+    if first is None:
+        empty = getattr(rule, "empty", False) and (not asked or (getattr(rule, "silent", False) and desk.answered))
+        return rule(before, ()) if empty else None
+    good: Iterable[Update] = chain([first], arriving)
+    good = good if measured is None else passing(good, measured)
+    returned = rule(before, good) if desk.expected or desk.method.work.messages else {}
+    for _ in good:
+        pass  # where nothing travels no rule reads them
+    return returned
+
+
+def _advance(
+    server: Server, desk: Desk, returned: State, layers: Mapping[str, Adapter], measured: Meter | None
+) -> float | None:
+    """The round's answer, with what was put aside, becomes the server's state; products go into frozen weights.
+
+    Returned: what the meter says of it, before factors are drawn anew.
+    """
+    t = server.round + 1
+    products = products_in(returned)
+    new = {name: value for name, value in returned.items() if name not in products} | desk.bank
+    new |= fold(server.state, products, layers)
+    after = server.state | new
+    error = measured.value(after | products) if measured is not None and desk.usable else None
+    server.changed |= dict.fromkeys(new, t)
+    server.ranks |= desk.ranks
+    if getattr(desk.method.rule, "fresh", False):
+        after |= fresh(after, t + 1, layers)
+    server.state, server.products, server.round = after, products, t
+    return error
 
 
 def told(method: Method, server: Server, client: int) -> State:

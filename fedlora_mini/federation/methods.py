@@ -99,6 +99,7 @@ METHODS: dict[str, Method] = {
     ),
     "encoder_local": Method("encoder at the site", "lora", decoder_only),
     "decoder_local": Method("decoder at the site", "lora", encoder_only),
+    "resfim_lora": Method("pFL-ResFIM on LoRA", "lora", everything, rule=masked, work=ResFIM()),
     # low-rank, two branches or a mixture: one that is shared, one that stays
     "dual": Method("dual branch", "dual", common()),
     "dual_sor": Method("dual branch + SOR", "dual", common(), objective=(SOR(form="dual"),)),

@@ -117,6 +117,11 @@ class Method:
         draws = is_dataclass(self.rule) and "seed" in {f.name for f in fields(self.rule)}
         return self.but(seed=seed) if draws else self
 
+    def lasting(self, rounds: int) -> "Method":
+        """The row whose rule fits a run of so many rounds; the row itself if its rule does not ask."""
+        within = getattr(self.rule, "within", None)
+        return self if within is None else replace(self, rule=within(rounds))
+
     def _filtered(self, name: str) -> "Method":
         if name not in FILTERS:
             raise unknown("filter", name, FILTERS)

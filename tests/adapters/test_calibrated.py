@@ -211,10 +211,12 @@ def test_a_federation_of_no_sites_is_refused():
 
 
 def test_the_row_gates_the_decoder_s_norms_and_calibrates_the_head():
-    model = prepare(zoo.build("minisam", 2), "lcfed", rank=2, sites=5)
+    model = prepare(zoo.build("minisam", 2), "lcfed", sites=5)
     where = {path: type(adapter).__name__ for path, adapter in adapters(model)}
     assert {path for path, name in where.items() if name == "SiteAttention"} == {"decoder.norm1", "decoder.norm2"}
-    assert where["head"] == "Calibration" and list(where.values()).count("LoRA") == 18
+    assert where["head"] == "Calibration" and list(where.values()).count("Dense") == 18
+    norms = {path for path, module in zoo.build("minisam", 2).named_modules() if isinstance(module, NORMS)}
+    assert {path for path, name in where.items() if name == "Affine"} == {p for p in norms if "decoder" not in p}
     assert all(adapter.config().get("sites", 5) == 5 for _, adapter in adapters(model))
 
 

@@ -76,6 +76,10 @@ def test_what_bases_give_untrained_is_stored_for_the_seeds_of_the_runs():
     assert [(r["config"]["data"], r["config"]["seed"]) for r in records] == [
         (name, seed) for name, (_, seeds) in SETS.items() for seed in seeds
     ]
+    for file in ("hospitals_lgg", "hospitals_polypgen", "nuclei_domains"):
+        runs = read_results([RESULTS / f"{file}.jsonl"])
+        seeds = {r["config"]["seed"] for r in records if r["config"]["data"] == runs[0]["config"]["data"]}
+        assert seeds == {r["config"]["seed"] for r in runs}, file
     for r in records:
         assert r["event"] == EVENT and {"versions", "machine", "everything"} <= r.keys()
         assert r["config"].items() <= RunConfig(**r["config"]).asdict().items()

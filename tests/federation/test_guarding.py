@@ -9,14 +9,15 @@ import torch
 from fedlora_mini import state as S
 from fedlora_mini.adapters import keys, prepare, trainable
 from fedlora_mini.adapters.registry import ADAPTERS
+from fedlora_mini.data import Split
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import parse_arm
 from fedlora_mini.federation import METHODS, Budget, Request, Server, federate
 from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.sampling import generator
-from fedlora_mini.models import build
-from fedlora_mini.privacy import DPSGD, BudgetSpent, LowPass, Release, epsilon
+from fedlora_mini.models import build, zoo
+from fedlora_mini.privacy import DPSGD, BudgetSpent, Doppler, LowPass, Release, epsilon
 
 BUDGET = Budget(steps=3, batch=2, lr=1e-2, augment=False)
 PRIVATE = Guarding(DPSGD(1.0, 0.5, 1.0))
@@ -40,6 +41,7 @@ def advance(engine, server, rounds=2):
 FREE = [n for n, m in METHODS.items() if m.work.free and all(t.free for t in m.objective)]
 GROUPABLE = [n for n in FREE if ADAPTERS[METHODS[n].adapter].grouped]
 FEW = ("fedit", "ffa", "iat", "fedavg")  # what `make quick` looks at
+ZOO = ("minisam", "unet", "swin_unetr")  # and of networks
 ALONE = [n for n in GROUPABLE if not METHODS[n].pooled]  # a pooled client's batch holds three sites' images
 
 
@@ -63,6 +65,24 @@ def test_without_noise_clipping_and_sampling_it_is_the_plain_run_on_all_images(t
         ends.append([server.state, *(engine.memory[k] for k in engine.clients)])
     for a, b in zip(*ends, strict=True):
         assert S.norm(S.sub(a, b)) <= 1e-9 * S.norm(a)
+
+
+def test_links_of_a_chain_act_one_after_the_other(tiny):
+    """Two filters behind the noise are one that does both; none of them alone is."""
+
+    class Both(Doppler):
+        label = "both in one"
+
+        def gradient_(self, gradient, state, context):
+            LowPass().gradient_(gradient, state, context)
+            super().gradient_(gradient, state, context)
+
+    digests = []
+    for chain in ((LowPass(), Doppler()), (Both(),), (LowPass(),), (Doppler(),)):
+        engine, server = federation("fedit", tiny, row=replace(METHODS["fedit"], objective=chain))
+        advance(engine, server)
+        digests.append(S.digest(server.state))
+    assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 def test_the_same_seed_gives_the_same_bytes_and_secure_noise_does_not(tiny):
@@ -189,3 +209,27 @@ def test_a_models_own_weights_have_no_per_sample_gradients(tiny):
     engine, server = federation("fedavg", tiny)
     with pytest.raises(FedloraError, match="no adapter's factor"):
         advance(engine, server)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in ZOO)) for n in zoo.MODELS])
+def test_every_network_of_the_zoo_trains_privately(name):
+    """One step of SGD on all images: without noise no client moves further than lr C, with noise all of it moves."""
+    entry, C = zoo.MODELS[name], 0.1
+    side = 64 if name == "unetr" else entry.smallest
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, *(side,) * entry.dims, generator=g)
+    splits = [Split(image[None], (image[None].mean(1) > 0.5).to(torch.uint8)) for image in x]
+    budget = Budget(steps=1, batch=1, lr=0.5, optimiser="sgd", augment=False)
+    for sigma in (0.0, 1.0):
+        model = prepare(zoo.build(name, classes=2), "lora", rank=2)
+        start = trainable(model)
+        guard = Guarding(DPSGD(sigma, 1.0, C))
+        engine = LocalEngine(model, METHODS["fedit"], keys(model, list(start)), splits, budget, 0, guard=guard)
+        updates = list(engine.exchange({k: Request(1, start) for k in engine.clients}))
+        for update in updates:
+            change = S.sub(update.state, start)
+            assert S.finite(update.state) and change.keys() == start.keys()
+            if sigma:
+                assert all(value.all() for value in change.values())
+            else:
+                assert 0 < S.norm(change) <= 0.5 * C * (1 + 1e-4)

@@ -24,7 +24,7 @@ from fedlora_mini.models import build
 from fedlora_mini.privacy import DPSGD
 from fedlora_mini.privacy.filters import FILTERS
 
-ROW = METHODS["as_lora"]
+ROW = METHODS["as_lora"].but(warmup=4)
 BUDGET = Budget(steps=2, batch=2, lr=1e-2, optimiser="sgd", augment=False)
 
 
@@ -79,9 +79,18 @@ def test_probabilities_are_the_cards():
 
 def test_the_draws_follow_the_seed_of_the_run_unless_the_row_says_another():
     config = RunConfig(method="as_lora", seed=3)
-    assert config.row.rule == Selection(seed=3) and config.but(seed=4).row.rule == Selection(seed=4)
-    assert config.but(change={"seed": 7}).row.rule == Selection(seed=7)
+    for other, seed in ((config, 3), (config.but(seed=4), 4), (config.but(change={"seed": 7}), 7)):
+        assert other.row.rule == Selection(warmup=2, seed=seed)
     assert RunConfig(method="rolora", seed=3).row == METHODS["rolora"], "a mean draws nothing"
+
+
+def test_the_warm_up_is_a_tenth_of_the_run_even_and_at_least_two_rounds():
+    config = RunConfig(method="as_lora", seed=0)
+    for rounds, warmup in ((1, 2), (10, 2), (40, 4), (100, 10)):
+        assert config.but(rounds=rounds).row.rule.warmup == warmup
+    assert config.but(rounds=100, change={"warmup": 4}).row.rule.warmup == 4
+    assert "(not DP)" in METHODS["as_lora"].but(curvature="raw").work.label
+    assert "(not DP)" not in METHODS["as_lora"].work.label
 
 
 def told(scores):

@@ -1,6 +1,7 @@
 """Every sentence of the form "X beats Y" that the book makes, and the verdict that stored runs give it.
 
-A claim is written down before it is run: its arms, data, protocol, metric, sign and margin. Nothing here is a result.
+A claim is written down before it is run: its arms, data, protocol, metric, sign and margin. One that was not says
+`seen`. Nothing here is a result.
 """
 
 from fedlora_mini.experiments.claims.claim import MARGIN, Claim

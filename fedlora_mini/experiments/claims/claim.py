@@ -29,6 +29,7 @@ class Claim:
     matched: str = "rounds, local steps, batches, initial weights, data, adapter and rank"
     not_matched: str = "bytes sent"
     shots: int = 0
+    seen: bool = False  # registered when its runs, or a part of them, had been seen
     apart: bool = False  # the terms are of different data: each has its own score, and is averaged over its sites
 
     def title(self, name: str) -> str:

@@ -47,6 +47,7 @@ class Verdict:
             lines.append(f"| paired over | {d.seeds} {what} × {d.sites} {where}{'s' if d.sites > 1 else ''} |")
         lines += [f"| privacy | {line} |" for line in _budgets(claim)]
         lines += [
+            *(["| registered | after its runs, or a part of them, had been seen |"] if claim.seen else []),
             f"| matched | {claim.matched} |",
             f"| not matched | {claim.not_matched} |",
             f"| runs | {', '.join(f'`results/{file}`' for file in claim.files)} |",

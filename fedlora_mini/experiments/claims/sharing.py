@@ -13,9 +13,12 @@ def _cell(
     source: str = "zhao2026iat",
     protocol: str = "personal",
     not_matched: str = "how the bytes divide between encoder and decoder",
+    seen: bool = False,
 ) -> Claim:
     """A claim on one cell of the 2x2 of simulated shifts."""
-    return Claim(text, a, b, f"factorial_{cell}.jsonl", sign, protocol, source=source, not_matched=not_matched)
+    return Claim(
+        text, a, b, f"factorial_{cell}.jsonl", sign, protocol, source=source, not_matched=not_matched, seen=seen
+    )
 
 
 # What counts as no difference in leakage: a tenth of what IAT without SOR has above chance in sor_both.jsonl, M2
@@ -34,8 +37,9 @@ def _sor(
     results: str = "sor_both.jsonl",
 ) -> Claim:
     a, b, matched = "iat_sor:form=exact,lam=0.01", "iat", "rounds, steps, batches, initial weights, data, rank, bytes"
+    seen = margin is None and metric != "m7"
     margin = TENTH[metric] if margin is None else margin
-    return Claim(text, a, b, results, sign, protocol, metric, margin, "zhao2026iat", matched, "nothing")
+    return Claim(text, a, b, results, sign, protocol, metric, margin, "zhao2026iat", matched, "nothing", seen=seen)
 
 
 AVERAGING: dict[str, Claim] = {
@@ -133,6 +137,9 @@ TWO_BY_TWO: dict[str, Claim] = {
         "fedsa",
         "both",
         sign=-1,
+    ),
+    "anti-below-inverse": _cell(
+        "And below sharing B everywhere.", "anti_own_head", "inverse_fedsa", "both", sign=-1, seen=True
     ),
     "iat-over-fedit-both": _cell(
         "Under both shifts IAT beats one LoRA for all (FedIT).",

@@ -8,7 +8,7 @@ methods.md card 6.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,9 +32,12 @@ def probability(a: float, b: float, tau: float) -> float:
 
 @dataclass(frozen=True)
 class Selection:
-    """warmup: rounds of plain alternation, an even number; memory: share of the old score that is kept."""
+    """warmup: rounds of plain alternation, an even number, None = a tenth of the run's; memory: share of the old score.
 
-    warmup: int = 4
+    A warm-up has at least two rounds, or A had no score; by itself, without a run's length, the rule takes two.
+    """
+
+    warmup: int | None = None
     memory: float = 0.9
     cooling: float = 0.95
     coldest: float = 0.1
@@ -42,19 +45,24 @@ class Selection:
     label: ClassVar[str] = "mean, and a choice by score"
 
     def __post_init__(self) -> None:
-        if self.warmup < 2 or self.warmup % 2:
+        if self.warmup is not None and (self.warmup < 2 or self.warmup % 2):
             raise FedloraError(f"warmup must be an even number of rounds, at least 2, got {self.warmup}")
         for name in ("memory", "cooling", "coldest"):
             if not 0 <= getattr(self, name) <= 1:
                 raise FedloraError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
+    def within(self, rounds: int) -> "Selection":
+        """The rule for a run of so many rounds."""
+        return self if self.warmup is not None else replace(self, warmup=max(2, 2 * round(rounds / 20)))
+
     def __call__(self, server: State, updates: Iterable[Update]) -> State:
+        warmup = self.warmup or 2
         told = list(updates)
         weights = [update.weight for update in told]
         out = S.mean([S.pick(update.state, is_model) for update in told], weights)
         round = int(server[ROUND]) + 1 if ROUND in server else 1
         scores = S.mean([S.pick(u.state, lambda name: name.startswith(SCORE)) for u in told], weights)
-        rng, tau = generator(self.seed, round, "modes"), max(self.coldest, self.cooling ** (round + 1 - self.warmup))
+        rng, tau = generator(self.seed, round, "modes"), max(self.coldest, self.cooling ** (round + 1 - warmup))
         for name in sorted(scores):
             path, score = name.removeprefix(SCORE), float(scores[name])
             moved = "A" if bool(server.get(f"{MODE}{path}", 0)) else "B"
@@ -63,7 +71,7 @@ class Selection:
             out[f"{OWN}as/{moved}/{path}"] = torch.tensor(mixed, dtype=torch.float64)
             known = {f: float(server.get(f"{OWN}as/{f}/{path}", 0.0)) for f in "AB"} | {moved: mixed}
             draw = float(torch.rand((), generator=rng, dtype=torch.float64))
-            chance = float(round % 2) if round < self.warmup else probability(known["A"], known["B"], tau)
+            chance = float(round % 2) if round < warmup else probability(known["A"], known["B"], tau)
             out[f"{MODE}{path}"] = torch.tensor(float(draw < chance))
         out[ROUND] = torch.tensor(round)
         return out

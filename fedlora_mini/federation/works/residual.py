@@ -18,8 +18,8 @@ from fedlora_mini import state as S
 from fedlora_mini.adapters.features import statistic
 from fedlora_mini.chance import seeded
 from fedlora_mini.data.base import Split
-from fedlora_mini.data.spectral import low_frequency_swap, low_frequency_window, mean_amplitude
-from fedlora_mini.errors import unknown
+from fedlora_mini.data.spectral import low_frequencies, low_frequency_swap
+from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.exchange import BANK, MASK
 from fedlora_mini.federation.fisher import diagonal_fisher
 from fedlora_mini.federation.member import Member
@@ -28,13 +28,6 @@ from fedlora_mini.state import State
 
 STYLE = f"{BANK}style"
 SENSITIVE, HOME = "~sensitive/", "~home/"
-
-
-def low_frequencies(images: Tensor, ratio: float) -> Tensor:
-    """The mean amplitude inside the window, zero outside: no more than the others' swaps read."""
-    amplitude = mean_amplitude(images)
-    height, width = amplitude.shape[-2:]
-    return amplitude * low_frequency_window(height, width, ratio).to(amplitude)
 
 
 def restyled(data: Split, amplitude: Tensor, ratio: float, mixing: float) -> Split:
@@ -146,7 +139,8 @@ class ResFIM(Work):
 
     @property
     def label(self) -> str:  # type: ignore[override]
-        return f"keeps the {self.tau:.0%} most sensitive entries by {self.score}"
+        what = {"entry": "entries", "direction": "directions"}[self.level]
+        return f"keeps the {self.tau:.0%} most sensitive {what} by {self.score}"
 
     def blend(self, state: State, client: Member) -> State:
         """M θ̄ + (1 - M) θ_k."""
@@ -163,6 +157,8 @@ class ResFIM(Work):
         return out | (directions(scores, self.tau) if self.level == "direction" else {})
 
     def round(self, client: Member, round: int) -> tuple[State, float, State]:
+        if self.level == "direction" and not any(key.factor == "A" for key in client.setting.keys.values()):
+            raise FedloraError("level 'direction' needs factors A and B, as in row 'resfim_lora'; here only 'entry' is")
         end, loss = client.fit(round, self.blend(client.tensors, client))
         masks = self.masks(client, end) if round > self.warmup else {}
         client.keep(SENSITIVE, masks)

@@ -72,7 +72,7 @@ class Selected(Work):
 
     @property
     def label(self) -> str:  # type: ignore[override]
-        return f"scores its layers, curvature {self.curvature}"
+        return f"scores its layers, curvature {self.curvature}{'' if self.free else ' (not DP)'}"
 
     @property
     def free(self) -> bool:

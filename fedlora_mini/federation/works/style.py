@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedlora_mini.data.spectral import mean_amplitude
+from fedlora_mini.data.spectral import low_frequencies
 from fedlora_mini.federation.exchange import BANK
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.row import Work
@@ -17,9 +17,11 @@ class Style(Work):
     """bank=True: told once, and the server passes it on (FedDG); False: told every round, for their mean (HarmoFL).
 
     A client takes its own amplitude out of the bank that comes back: the others' are the styles of its episodes.
+    Outside the window of `ratio`, which nobody reads, nothing is told.
     """
 
     bank: bool = False
+    ratio: float = 0.05
 
     @property
     def messages(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -31,14 +33,14 @@ class Style(Work):
 
     @property
     def label(self) -> str:  # type: ignore[override]
-        return "tells its mean amplitude" + (", kept apart by client" if self.bank else "")
+        return "tells its low mean amplitudes" + (", kept apart by client" if self.bank else "")
 
     def round(self, client: Member, round: int) -> tuple[State, float, State]:
         known = client.memory.pop(f"{STYLES}/{client.number}", None)
         if known is not None:
             client.memory[MINE] = known
         end, loss = client.fit(round)
-        amplitude = mean_amplitude(client.data.images)
+        amplitude = low_frequencies(client.data.images, self.ratio)
         if self.bank:
             return end, loss, {} if MINE in client.memory else {STYLES: amplitude}
         return end, loss, {AMPLITUDE: amplitude}

@@ -244,6 +244,11 @@ def test_whole_directions_of_both_factors_stay_or_go(tiny):
         assert score[stays].min() >= score[~stays].max()
 
 
+def test_directions_are_refused_where_there_are_none_before_anything_trains(tiny):
+    with pytest.raises(FedloraError, match="level 'direction' needs factors A and B, as in row 'resfim_lora'"):
+        run(resfim(level="direction"), parts(tiny), 1)
+
+
 def test_a_share_of_directions_is_the_same_for_both_factors():
     """Rounded in directions, not in the entries of a wide A and a narrow B."""
     rng = torch.Generator().manual_seed(0)
