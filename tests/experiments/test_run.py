@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlora_mini import state as S
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
@@ -50,6 +51,28 @@ def test_the_same_config_twice_gives_the_same_final_bytes(tmp_path):
     assert first["final_sha256"] == second["final_sha256"]
     assert first["scores"] == second["scores"]
     assert (tmp_path / "a/final.safetensors").read_bytes() == (tmp_path / "b/final.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("fedit", False), ("flexlora", False), ("ffa", True), ("rolora", True), ("fedex", True)]
+)
+def test_averaging_is_exact_where_one_factor_is_common_or_the_rest_is_folded(name, exact):
+    """The lemma on a live run: what the mean has lost of the clients' products, as a share of them, in every round."""
+    errors = [each.agg_err for each in Federation.build(RunConfig(method=name, **TINY)).rounds()]
+    assert len(errors) == 3 and all(error < 1e-5 if exact else error > 1e-4 for error in errors)
+
+
+def test_what_counts_as_trained(tmp_path):
+    """No factor that never moves, no notes, nothing received: the numbers that local steps can change."""
+    counts = {name: Federation.build(RunConfig(method=name, **TINY)).trained for name in ("fedit", "ffa", "fedalt")}
+    state = Federation.build(RunConfig(method="fedit", **TINY)).server.state
+    size = {f: sum(v.numel() for n, v in state.items() if n.endswith(f".{f}")) for f in "AB"}
+    assert counts["fedit"] == S.count(state) == counts["ffa"] + size["A"]
+    alt = Federation.build(RunConfig(method="fedalt", **TINY)).server.state
+    assert counts["fedalt"] == S.count(S.pick(alt, lambda name: not name.endswith("_rest")))
+    for name in ("harmofl", "fedalt"):  # both leave notes at the server
+        config = RunConfig(method=name, **TINY)
+        assert run(config, tmp_path / name)["trained"] == Federation.build(config).trained
 
 
 OWN_MODELS = ["ditto", "resfim"]  # a second model, own entries of the common one

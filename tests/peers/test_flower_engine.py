@@ -119,6 +119,12 @@ def in_process(config, choose=None):
 # Every kind of memory and message: private factors, unequal ranks, folded products, factors that start anew, a second
 # model, boolean masks, messages passed on between clients, the server's momenta.
 ROWS = ["fedit", "iat", "hetlora", "fedex", "flora", "ditto", "resfim", "feddg", "fedadam"]
+ROWS += [
+    "as_lora",
+    "fedalt",
+    "fedproto",
+    "lcfed",
+]  # desks, choices of layers, messages alone, a network told the number
 
 
 @pytest.mark.parametrize("name", ROWS)
