@@ -1,13 +1,14 @@
 """λ_max and the factors' coupling, at equal training loss: a run that has learnt less is flatter for that reason alone.
 
 Arms of one seed are trained again, round by round; L* is the lowest training loss that all of them reach, and each is
-looked at in the round whose loss is nearest to it. Factors are balanced first, since (B / c, c A) is the same model.
+looked at in the two rounds between which its loss first passes L*: a number is the line between them, at L*. Factors are balanced first, since (B / c, c A) is the same model.
 All of this reads clients' images without noise: it is a measurement, and no part of a private run. methods.md card 5.1.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from fedlora_mini.adapters.base import call
 from fedlora_mini.data.base import Split
+from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import arm_of
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
@@ -60,9 +62,21 @@ class Traced:
         own = self.images
         return float(task_loss(call(self.federation.model, state, own.images), own.masks).mean())
 
-    def at(self, loss: float) -> int:
-        """The round, from 1, whose loss is nearest to this one."""
-        return 1 + min(range(len(self.losses)), key=lambda t: abs(self.losses[t] - loss))
+    def around(self, loss: float) -> list[tuple[int, float]]:
+        """(round from 1, its share): the two next to each other between which the training loss first passes this one.
+
+        One round alone where the loss is this one. Raises where no round's is as low.
+        """
+        for t, (before, after) in enumerate(pairwise(self.losses), 1):
+            if min(before, after) <= loss <= max(before, after):
+                share = (loss - before) / (after - before) if after != before else 1.0
+                return [(t + i, part) for i, part in enumerate((1 - share, share)) if part > 0]
+        raise FedloraError(f"the training loss passes {loss:g} between no two rounds: {self.losses}")
+
+    def looked_at(self, loss: float) -> dict[str, float]:
+        """Sharpness and coupling on the line between these rounds, where the loss is `loss`."""
+        found = [(share, self.sharpness(t) | self.coupling(t)) for t, share in self.around(loss)]
+        return {name: sum(share * told[name] for share, told in found) for name in found[0][1]}
 
     def sharpness(self, round: int) -> dict[str, float]:
         """log λ_max in all trained tensors after that round, with the loss there."""
@@ -109,7 +123,7 @@ def compare(configs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     common = max(min(each.losses) for each in traced)
     records = []
     for each in traced:
-        told = each.sharpness(each.at(common)) | each.coupling(each.at(common))
+        told = each.looked_at(common)
         records.append(
             {
                 "event": "result",

@@ -205,7 +205,17 @@ def test_sharpness_is_compared_where_all_arms_have_the_same_training_loss():
     told = [r["scores"]["server"]["model"] for r in records]
     assert told[0]["common_loss"] == told[1]["common_loss"] == max(min(r["losses"]) for r in records)
     for r, own in zip(records, told, strict=True):
-        gaps = [abs(loss - own["common_loss"]) for loss in r["losses"]]
-        assert gaps[own["round"] - 1] == min(gaps) and own["loss"] == r["losses"][own["round"] - 1]
+        assert own["loss"] == pytest.approx(own["common_loss"], abs=1e-9)
+        whole = math.floor(own["round"])
+        on_line = r["losses"][whole - 1], r["losses"][min(whole, len(r["losses"]) - 1)]
+        assert min(on_line) - 1e-9 <= own["loss"] <= max(on_line) + 1e-9
         assert own["log_lambda_max"] > -10 and r["privacy"]["releases"] == [12] * 8
         assert 0 <= own["cos"] <= 1 and -1 <= own["cos_released"] <= 1, "exact gradients never pull apart"
+
+
+def test_a_loss_between_two_rounds_is_looked_at_in_both():
+    traced = private_sharpness.Traced(None, [], [3.0, 2.0, 1.0, 1.5])
+    assert traced.around(2.5) == [(1, 0.5), (2, 0.5)] and traced.around(1.25) == [(2, 0.25), (3, 0.75)]
+    assert traced.around(3.0) == [(1, 1.0)] and traced.around(1.0) == [(3, 1.0)]
+    with pytest.raises(FedloraError, match="passes 0.5 between no two rounds"):
+        traced.around(0.5)

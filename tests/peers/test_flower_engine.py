@@ -124,7 +124,7 @@ ROWS += [
     "fedalt",
     "fedproto",
     "lcfed",
-]  # desks, choices of layers, messages alone, a network told the number
+]  # desks, chosen layers, messages alone, numbered clients
 
 
 @pytest.mark.parametrize("name", ROWS)
