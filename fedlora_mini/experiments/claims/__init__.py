@@ -6,7 +6,6 @@ A claim is written down before it is run: its arms, data, protocol, metric, sign
 
 from fedlora_mini.experiments.claims.claim import MARGIN, Claim
 from fedlora_mini.experiments.claims.judging import Verdict, judge, results_folder, verdict, verdicts
-from fedlora_mini.experiments.claims.privacy import PRIVACY
-from fedlora_mini.experiments.claims.table import CLAIMS
+from fedlora_mini.experiments.claims.table import CLAIMS, PRIVACY
 
 __all__ = ["CLAIMS", "MARGIN", "PRIVACY", "Claim", "Verdict", "judge", "results_folder", "verdict", "verdicts"]

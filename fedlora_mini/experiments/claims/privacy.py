@@ -19,7 +19,7 @@ POINT = 0.01  # one point of accuracy: smaller differences count as none
 LOW, PERMUTED, RESCALED = (f":filter={kind}" for kind in ("low-pass", "permuted", "rescaled"))
 
 
-def _private(
+def private(
     text: str,
     a: str,
     b: str,
@@ -50,10 +50,10 @@ CELLS = {
 }
 SITES: dict[str, Any] = {"metric": "dice", "margin": 0.005}  # half a Dice point
 
-PRIVACY: dict[str, Claim] = {
+DIGITS: dict[str, Claim] = {
     # what privacy costs
     **{
-        f"{name}-costs{suffix}": _private(
+        f"{name}-costs{suffix}": private(
             f"{where} {text}",
             f"fedit@private_{part}{without}",
             "fedit",
@@ -75,7 +75,7 @@ PRIVACY: dict[str, Claim] = {
             ("-nuclei", "Segmenting nuclei at ε = 3", "nuclei_", SITES),
         )
     },
-    "budget-costs": _private(
+    "budget-costs": private(
         "DP-LoRA is better at ε = 8 than at ε = 1.",
         "fedit@private_e8",
         "fedit",
@@ -86,7 +86,7 @@ PRIVACY: dict[str, Claim] = {
         seen=True,
     ),
     # L1
-    "noise-above-alternating": _private(
+    "noise-above-alternating": private(
         "Moving both factors in all K steps puts more noise into BA than alternating between them.",
         "fedit",
         "la_lora",
@@ -97,7 +97,7 @@ PRIVACY: dict[str, Claim] = {
         matched="noise multiplier, rounds, local steps, rate, start",
         not_matched="noisy steps per factor: K against K/2",
     ),
-    "noise-alternating-is-half": _private(
+    "noise-alternating-is-half": private(
         "Alternating for K steps puts as much noise into BA as moving both factors for K/2 (log energy within ±0.1).",
         "la_lora",
         "fedit@private_noise_half",
@@ -111,8 +111,8 @@ PRIVACY: dict[str, Claim] = {
         not_matched="local steps: K against K/2",
     ),
     # L2
-    "la-over-dplora": _private("At equal ε and K, LA-LoRA beats DP-LoRA.", "la_lora", "fedit"),
-    "la-over-dplora-half": _private(
+    "la-over-dplora": private("At equal ε and K, LA-LoRA beats DP-LoRA.", "la_lora", "fedit"),
+    "la-over-dplora-half": private(
         "LA-LoRA also beats DP-LoRA with K/2 steps, which noises each factor as often and needs less noise.",
         "la_lora",
         "fedit@private_half",
@@ -120,7 +120,7 @@ PRIVACY: dict[str, Claim] = {
         matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
         not_matched="local steps, bytes per step, numbers noised in a step",
     ),
-    "half-over-full": _private(
+    "half-over-full": private(
         "DP-LoRA gains from halving its steps and the noise that they need, so that LA-LoRA's margin shrinks.",
         "fedit@private_half",
         "fedit",
@@ -128,16 +128,16 @@ PRIVACY: dict[str, Claim] = {
         matched=f"epsilon, delta, rounds, {BUDGET}",
         not_matched="local steps, noise multiplier",
     ),
-    "la-filter-over-dplora-filter": _private(
+    "la-filter-over-dplora-filter": private(
         "With the low-pass filter in both arms, LA-LoRA beats DP-LoRA.", f"la_lora{LOW}", f"fedit{LOW}"
     ),
-    "b-first": _private(
+    "b-first": private(
         "LA-LoRA with B first beats A first, whose first step at B = 0 is noise.", "la_lora", "la_lora:first=A"
     ),
-    "la-preconditioned": _private("The preconditioner helps LA-LoRA.", "la_lora_pre", "la_lora", not_matched="nothing"),
+    "la-preconditioned": private("The preconditioner helps LA-LoRA.", "la_lora_pre", "la_lora", not_matched="nothing"),
     # L3
     **{
-        f"filter-{name}{suffix}": _private(
+        f"filter-{name}{suffix}": private(
             f"The low-pass filter {text} {title}.",
             f"{arm}{LOW}",
             f"{arm}{other}",
@@ -151,49 +151,14 @@ PRIVACY: dict[str, Claim] = {
             (RESCALED, "-over-rescaled", "beats a gradient that is only made as short, with"),
         )
     },
-    # the interaction: convolutions' kernels are the only smooth gradients here, and only the phantom's network has some
-    **{
-        f"filter-{name}{suffix}-phantom": _private(
-            f"Segmenting the phantom, the low-pass filter {text} {title}.",
-            f"{arm}{LOW}",
-            f"{arm}{other}",
-            "phantom",
-            source="",
-            not_matched="nothing but the filter",
-            seen=True,
-            **SITES,
-        )
-        for arm, name, title in (("la_lora", "la", "LA-LoRA"), ("fedit", "dplora", "DP-LoRA"))
-        for other, suffix, text in (
-            (PERMUTED, "-over-permuted", "along the features' own order beats a permuted order, with"),
-            (RESCALED, "-over-rescaled", "beats a gradient that is only made as short, with"),
-        )
-    },
-    **{
-        f"filter-{name}-interaction": _private(
-            f"What the features' own order is worth to the filter, {title}: more on the phantom, whose network has "
-            "kernels, than on the digits, whose gradients are white.",
-            f"{arm}{LOW}@private_phantom - {arm}{PERMUTED}@private_phantom",
-            f"{arm}{LOW}@private_main - {arm}{PERMUTED}@private_main",
-            "phantom",
-            metric="score",
-            margin=0.005,
-            source="",
-            matched="seeds; within each set all but the filter's order",
-            not_matched="network, task and score (Dice on the phantom, accuracy on the digits)",
-            apart=True,
-            seen=True,
-        )
-        for arm, name, title in (("la_lora", "la", "LA-LoRA"), ("fedit", "dplora", "DP-LoRA"))
-    },
-    "filter-over-doppler": _private(
+    "filter-over-doppler": private(
         "Smoothing along features beats smoothing along time (DOPPLER), on DP-LoRA.",
         f"fedit{LOW}",
         "fedit:filter=doppler",
         not_matched="nothing but the filter",
     ),
     # L4
-    "rolora-over-ffa-open": _private(
+    "rolora-over-ffa-open": private(
         "Without privacy RoLoRA passes below FFA-LoRA's floor.",
         "rolora",
         "ffa",
@@ -201,7 +166,7 @@ PRIVACY: dict[str, Claim] = {
         matched="rounds, local steps, batches, data, rank; each rate from one grid",
         not_matched="bytes: those of A in every second round",
     ),
-    "la-over-ffa-open": _private(
+    "la-over-ffa-open": private(
         "Without privacy LA-LoRA passes below FFA-LoRA's floor.",
         "la_lora",
         "ffa",
@@ -210,7 +175,7 @@ PRIVACY: dict[str, Claim] = {
         not_matched="bytes sent: twice as many",
     ),
     # L5
-    "la-flatter": _private(
+    "la-flatter": private(
         "At equal training loss LA-LoRA's λ_max is below DP-LoRA's (log).",
         "la_lora",
         "fedit",
@@ -223,91 +188,29 @@ PRIVACY: dict[str, Claim] = {
         not_matched="the round; what is left of the difference in loss between rounds",
     ),
     # the headline, like for like
-    "headline-as-printed": _private(
+    "headline-as-printed": private(
         "LA-LoRA with its filter beats RoLoRA without one: the comparison behind +16.83.",
         f"la_lora{LOW}",
         "rolora",
         not_matched="the filter, bytes sent, numbers noised in a step",
     ),
-    "headline-both-without": _private(
+    "headline-both-without": private(
         "Without a filter in either arm (+8.87), LA-LoRA beats RoLoRA.", "la_lora", "rolora"
     ),
-    "headline-both-with": _private(
+    "headline-both-with": private(
         "With the filter in both arms, which the paper does not report, LA-LoRA beats RoLoRA.",
         f"la_lora{LOW}",
         f"rolora{LOW}",
         source="",
     ),
     **{
-        f"la-over-rolora-{cell}": _private(
+        f"la-over-rolora-{cell}": private(
             f"LA-LoRA beats RoLoRA {where}, both without a filter.", "la_lora", "rolora", cell
         )
         for cell, where in CELLS.items()
     },
-    # other data: five thousand of MNIST, and masks
-    "la-over-rolora-mnist": _private(
-        "On MNIST LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "mnist"
-    ),
-    "la-over-dplora-mnist": _private("On MNIST LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "mnist"),
-    "la-over-dplora-half-mnist": _private(
-        "On MNIST LA-LoRA also beats DP-LoRA with K/2 steps.",
-        "la_lora",
-        "fedit@private_mnist_half",
-        "mnist",
-        source="",
-        matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
-        not_matched="local steps, bytes per step, numbers noised in a step",
-    ),
-    "la-over-rolora-mnist-long": _private(
-        "With twice the rounds and twice the batch, LA-LoRA beats RoLoRA on MNIST.", "la_lora", "rolora", "mnist_long"
-    ),
-    "la-over-dplora-mnist-long": _private(
-        "With twice the rounds and twice the batch, LA-LoRA beats DP-LoRA on MNIST.", "la_lora", "fedit", "mnist_long"
-    ),
-    "b-first-mnist": _private("On MNIST B first beats A first.", "la_lora", "la_lora:first=A", "mnist"),
-    "la-over-rolora-phantom": _private(
-        "Segmenting the phantom, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "phantom", **SITES
-    ),
-    "la-over-dplora-phantom": _private(
-        "Segmenting the phantom, LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "phantom", **SITES
-    ),
-    "filter-la-phantom": _private(
-        "Segmenting the phantom, whose decoder has convolutions, the low-pass filter helps LA-LoRA.",
-        f"la_lora{LOW}",
-        "la_lora",
-        "phantom",
-        not_matched="nothing but the filter",
-        **SITES,
-    ),
-    **{
-        f"la-over-dplora-half-{where}": _private(
-            f"Segmenting {what}, LA-LoRA also beats DP-LoRA with K/2 steps.",
-            "la_lora",
-            f"fedit@private_{where}_half",
-            where,
-            source="",
-            matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
-            not_matched="local steps, bytes per step, numbers noised in a step",
-            **SITES,
-        )
-        for where, what in (("phantom", "the phantom"), ("nuclei", "nuclei"))
-    },
-    "la-over-rolora-nuclei": _private(
-        "Segmenting nuclei, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "nuclei", **SITES
-    ),
-    "la-over-dplora-nuclei": _private(
-        "Segmenting nuclei, LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "nuclei", **SITES
-    ),
-    "filter-la-nuclei": _private(
-        "Segmenting nuclei, the low-pass filter helps LA-LoRA.",
-        f"la_lora{LOW}",
-        "la_lora",
-        "nuclei",
-        not_matched="nothing but the filter",
-        **SITES,
-    ),
     # S1
-    "as-aggregates-exactly": _private(
+    "as-aggregates-exactly": private(
         "AS-LoRA's aggregation error is zero.",
         AS,
         "",
@@ -318,22 +221,14 @@ PRIVACY: dict[str, Claim] = {
         source="kim2026aslora",
         not_matched="nothing: one arm",
     ),
-    "as-over-rolora": _private(
+    "as-over-rolora": private(
         "At about equal bytes, layers that choose for themselves (AS-LoRA) beat fixed alternation by round (RoLoRA).",
         AS,
         "rolora",
         source="kim2026aslora",
         not_matched="bytes by layer: one number a layer beside its factor",
     ),
-    "as-over-rolora-mnist": _private(
-        "On MNIST AS-LoRA beats RoLoRA at about equal bytes.",
-        AS,
-        "rolora",
-        "mnist",
-        source="kim2026aslora",
-        not_matched="bytes by layer: one number a layer beside its factor",
-    ),
-    "as-loss-below-rolora": _private(
+    "as-loss-below-rolora": private(
         "And their loss on test images is lower.",
         AS,
         "rolora",

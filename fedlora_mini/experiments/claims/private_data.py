@@ -1,0 +1,113 @@
+"""Part III's claims on other data than the digits: MNIST, and masks on the phantom and on nuclei."""
+
+from fedlora_mini.experiments.claims.claim import Claim
+from fedlora_mini.experiments.claims.privacy import BUDGET, LOW, PERMUTED, RESCALED, SITES, private
+from fedlora_mini.experiments.private import AS
+
+ELSEWHERE: dict[str, Claim] = {
+    # the interaction: convolutions' kernels are the only smooth gradients here, and only the phantom's network has some
+    **{
+        f"filter-{name}{suffix}-phantom": private(
+            f"Segmenting the phantom, the low-pass filter {text} {title}.",
+            f"{arm}{LOW}",
+            f"{arm}{other}",
+            "phantom",
+            source="",
+            not_matched="nothing but the filter",
+            seen=True,
+            **SITES,
+        )
+        for arm, name, title in (("la_lora", "la", "LA-LoRA"), ("fedit", "dplora", "DP-LoRA"))
+        for other, suffix, text in (
+            (PERMUTED, "-over-permuted", "along the features' own order beats a permuted order, with"),
+            (RESCALED, "-over-rescaled", "beats a gradient that is only made as short, with"),
+        )
+    },
+    **{
+        f"filter-{name}-interaction": private(
+            f"What the features' own order is worth to the filter, {title}: more on the phantom, whose network has "
+            "kernels, than on the digits, whose gradients are white.",
+            f"{arm}{LOW}@private_phantom - {arm}{PERMUTED}@private_phantom",
+            f"{arm}{LOW}@private_main - {arm}{PERMUTED}@private_main",
+            "phantom",
+            metric="score",
+            margin=0.005,
+            source="",
+            matched="seeds; within each set all but the filter's order",
+            not_matched="network, task and score (Dice on the phantom, accuracy on the digits)",
+            apart=True,
+            seen=True,
+        )
+        for arm, name, title in (("la_lora", "la", "LA-LoRA"), ("fedit", "dplora", "DP-LoRA"))
+    },
+    # other data: five thousand of MNIST, and masks
+    "la-over-rolora-mnist": private(
+        "On MNIST LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "mnist"
+    ),
+    "la-over-dplora-mnist": private("On MNIST LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "mnist"),
+    "la-over-dplora-half-mnist": private(
+        "On MNIST LA-LoRA also beats DP-LoRA with K/2 steps.",
+        "la_lora",
+        "fedit@private_mnist_half",
+        "mnist",
+        source="",
+        matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
+        not_matched="local steps, bytes per step, numbers noised in a step",
+    ),
+    "la-over-rolora-mnist-long": private(
+        "With twice the rounds and twice the batch, LA-LoRA beats RoLoRA on MNIST.", "la_lora", "rolora", "mnist_long"
+    ),
+    "la-over-dplora-mnist-long": private(
+        "With twice the rounds and twice the batch, LA-LoRA beats DP-LoRA on MNIST.", "la_lora", "fedit", "mnist_long"
+    ),
+    "b-first-mnist": private("On MNIST B first beats A first.", "la_lora", "la_lora:first=A", "mnist"),
+    "la-over-rolora-phantom": private(
+        "Segmenting the phantom, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "phantom", **SITES
+    ),
+    "la-over-dplora-phantom": private(
+        "Segmenting the phantom, LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "phantom", **SITES
+    ),
+    "filter-la-phantom": private(
+        "Segmenting the phantom, whose decoder has convolutions, the low-pass filter helps LA-LoRA.",
+        f"la_lora{LOW}",
+        "la_lora",
+        "phantom",
+        not_matched="nothing but the filter",
+        **SITES,
+    ),
+    **{
+        f"la-over-dplora-half-{where}": private(
+            f"Segmenting {what}, LA-LoRA also beats DP-LoRA with K/2 steps.",
+            "la_lora",
+            f"fedit@private_{where}_half",
+            where,
+            source="",
+            matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
+            not_matched="local steps, bytes per step, numbers noised in a step",
+            **SITES,
+        )
+        for where, what in (("phantom", "the phantom"), ("nuclei", "nuclei"))
+    },
+    "la-over-rolora-nuclei": private(
+        "Segmenting nuclei, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "nuclei", **SITES
+    ),
+    "la-over-dplora-nuclei": private(
+        "Segmenting nuclei, LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "nuclei", **SITES
+    ),
+    "filter-la-nuclei": private(
+        "Segmenting nuclei, the low-pass filter helps LA-LoRA.",
+        f"la_lora{LOW}",
+        "la_lora",
+        "nuclei",
+        not_matched="nothing but the filter",
+        **SITES,
+    ),
+    "as-over-rolora-mnist": private(
+        "On MNIST AS-LoRA beats RoLoRA at about equal bytes.",
+        AS,
+        "rolora",
+        "mnist",
+        source="kim2026aslora",
+        not_matched="bytes by layer: one number a layer beside its factor",
+    ),
+}
