@@ -217,5 +217,5 @@ def test_a_loss_between_two_rounds_is_looked_at_in_both():
     traced = private_sharpness.Traced(None, [], [3.0, 2.0, 1.0, 1.5])
     assert traced.around(2.5) == [(1, 0.5), (2, 0.5)] and traced.around(1.25) == [(2, 0.25), (3, 0.75)]
     assert traced.around(3.0) == [(1, 1.0)] and traced.around(1.0) == [(3, 1.0)]
-    with pytest.raises(FedloraError, match="passes 0.5 between no two rounds"):
+    with pytest.raises(FedloraError, match=r"passes 0\.5 between no two rounds"):
         traced.around(0.5)

@@ -34,6 +34,7 @@ def private(
     not_matched: str = "bytes sent, numbers noised in a step",
     **more: Any,
 ) -> Claim:
+    """A claim on one part of the private study: a against b at one budget, rounds, steps and data."""
     file = f"private_{part}.jsonl"
     return Claim(text, a, b, file, sign, protocol, metric, margin, source, matched, not_matched, **more)
 
