@@ -24,6 +24,7 @@ DENSE = {
     "decoder": "ΔW of the decoder: it is what trains",
     "fedmsa": "ΔW of the decoder: it is what trains",
     "pfedlora": "D_own of every layer: it is what trains",
+    "lcfed": "ΔW of every layer: it is what trains",
     "full": "the gradient of W: it is what trains",
 }
 COPIES = {  # W_0 itself, of transposed convolutions, put into the order of a matrix

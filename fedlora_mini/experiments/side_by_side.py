@@ -52,11 +52,16 @@ print(json.dumps(at))
 
 
 def processor() -> str:
-    """What the last bits of a sum depend on beside the libraries: "AMD EPYC, AVX512"."""
+    """What the last bits of a sum depend on beside the libraries: "AMD EPYC, family 26, model 2, AVX512".
+
+    A name alone may stand for several generations.
+    """
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    parts = [found.get("model name", platform.machine())]
+    parts += [f"{name.removeprefix('cpu ')} {found[name]}" for name in ("cpu family", "model") if name in found]
+    return ", ".join([*parts, torch.backends.cpu.get_cpu_capability()])
 
 
 def in_process(config: RunConfig, asked: Mapping[int, list[int]]) -> dict[str, Any]:
