@@ -37,7 +37,7 @@ IMAGES = 256  # of all clients' training images, evenly spaced, for the curvatur
 
 @dataclass
 class Traced:
-    """A run whose every round is kept: the server's tensors and the training loss at them."""
+    """A run whose every round is kept: the server's tensors and the training loss at them, first those it starts from."""
 
     federation: Federation
     states: list[State]
@@ -45,13 +45,17 @@ class Traced:
 
     @classmethod
     def of(cls, config: RunConfig) -> "Traced":
-        """Train by the config, and look at the loss on all clients' training images after every round."""
+        """Train by the config, and look at the loss on all clients' training images before and after every round."""
         own = cls(Federation.build(config), [], [])
+        own.keep()
         for _ in own.federation.rounds():
-            state = clone(pick(own.federation.server.state, is_model))
-            own.states.append(state)
-            own.losses.append(own.loss(state))
+            own.keep()
         return own
+
+    def keep(self) -> None:
+        """Put down where the server stands."""
+        self.states.append(clone(pick(self.federation.server.state, is_model)))
+        self.losses.append(self.loss(self.states[-1]))
 
     @property
     def images(self) -> Split:
@@ -64,11 +68,11 @@ class Traced:
         return float(task_loss(call(self.federation.model, state, own.images), own.masks).mean())
 
     def around(self, loss: float) -> list[tuple[int, float]]:
-        """(round from 1, its share): the two next to each other between which the training loss first passes this one.
+        """(rounds of training, their share): the two in a row between which the training loss first passes this one.
 
-        One round alone where the loss is this one. Raises where no round's is as low.
+        Where the loss is this one, that one alone. Raises where the loss is on one side all along.
         """
-        for t, (before, after) in enumerate(pairwise(self.losses), 1):
+        for t, (before, after) in enumerate(pairwise(self.losses)):
             if min(before, after) <= loss <= max(before, after):
                 share = (loss - before) / (after - before) if after != before else 1.0
                 return [(t + i, part) for i, part in enumerate((1 - share, share)) if part > 0]
@@ -83,17 +87,17 @@ class Traced:
         """log λ_max in all trained tensors after that round, with the loss there."""
         own, model = self.images, self.federation.model
         rows = torch.linspace(0, len(own) - 1, min(IMAGES, len(own))).long()
-        state = balanced(self.states[round - 1])
+        state = balanced(self.states[round])
         rng = generator(self.federation.config.seed, "sharpness")
         found = lambda_max(model, state, task_loss, own.images[rows], own.masks[rows], rng, most=20, tolerance=1e-2)
-        return {"log_lambda_max": math.log(max(found.value, 1e-12)), "loss": self.losses[round - 1], "round": round}
+        return {"log_lambda_max": math.log(max(found.value, 1e-12)), "loss": self.losses[round], "round": round}
 
     def coupling(self, round: int) -> dict[str, float]:
         """Mean over layers of cos(∇_B A, B ∇_A) after that round: of the exact gradient, and of one private one.
 
         The private one is a client's, mean over clients, both factors released in one step whatever the arm moves.
         """
-        model, state, config = self.federation.model, self.states[round - 1], self.federation.config
+        model, state, config = self.federation.model, self.states[round], self.federation.config
         own = self.images
         leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
         loss = task_loss(call(model, leaves, own.images), own.masks).mean()

@@ -208,7 +208,7 @@ def test_sharpness_is_compared_where_all_arms_have_the_same_training_loss():
     for r, own in zip(records, told, strict=True):
         assert own["loss"] == pytest.approx(own["common_loss"], abs=1e-9)
         whole = math.floor(own["round"])
-        on_line = r["losses"][whole - 1], r["losses"][min(whole, len(r["losses"]) - 1)]
+        on_line = r["losses"][whole], r["losses"][min(whole + 1, len(r["losses"]) - 1)]
         assert min(on_line) - 1e-9 <= own["loss"] <= max(on_line) + 1e-9
         assert own["log_lambda_max"] > -10 and r["privacy"]["releases"] == [12] * 8
         assert 0 <= own["cos"] <= 1 and -1 <= own["cos_released"] <= 1, "exact gradients never pull apart"
@@ -216,7 +216,15 @@ def test_sharpness_is_compared_where_all_arms_have_the_same_training_loss():
 
 def test_a_loss_between_two_rounds_is_looked_at_in_both():
     traced = private_sharpness.Traced(None, [], [3.0, 2.0, 1.0, 1.5])
-    assert traced.around(2.5) == [(1, 0.5), (2, 0.5)] and traced.around(1.25) == [(2, 0.25), (3, 0.75)]
-    assert traced.around(3.0) == [(1, 1.0)] and traced.around(1.0) == [(3, 1.0)]
+    assert traced.around(2.5) == [(0, 0.5), (1, 0.5)] and traced.around(1.25) == [(1, 0.25), (2, 0.75)]
+    assert traced.around(3.0) == [(0, 1.0)] and traced.around(1.0) == [(2, 1.0)]
     with pytest.raises(FedloraError, match=r"passes 0\.5 between no two rounds"):
         traced.around(0.5)
+
+
+def test_where_a_run_starts_it_can_be_looked_at_too():
+    """An arm may pass the common loss in its first round; there B = 0."""
+    traced = private_sharpness.Traced.of(RunConfig(**COMMON | SHORT | {"rounds": 1, "lr": 0.3, "method": "la_lora"}))
+    start = traced.looked_at(traced.losses[0])
+    assert len(traced.losses) == 2 and start["round"] == 0 and start["loss"] == traced.losses[0]
+    assert all(math.isfinite(value) for value in start.values())

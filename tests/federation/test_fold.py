@@ -14,23 +14,10 @@ from fedlora_mini.federation import METHODS, Budget, Server, federate, train
 from fedlora_mini.federation.fold import fold, fresh, products_in
 from fedlora_mini.models import build
 from fedlora_mini.regularizers import Diversity, FlatNoise, WeightDecay
+from watched import Watched
 
 BUDGET = Budget(steps=2, batch=2, lr=2e-2)
 FOLDING = ("flora", "fedex")
-
-
-class Watched:
-    """An engine that writes down what passes."""
-
-    def __init__(self, engine):
-        self.engine, self.clients, self.requests, self.updates = engine, engine.clients, [], []
-
-    def exchange(self, requests):
-        self.requests.append(requests)
-        self.updates.append([])
-        for update in self.engine.exchange(requests):
-            self.updates[-1].append(update)
-            yield update
 
 
 def federation(name, data, dtype=torch.float64, ranks=None):

@@ -1,9 +1,18 @@
 """Part III's claims on other data than the digits: MNIST, and masks on the phantom and on nuclei."""
 
+from typing import Any
+
 from fedlora_mini.experiments.claims.claim import Claim
 from fedlora_mini.experiments.claims.privacy import BUDGET, LOW, PERMUTED, RESCALED, SITES, private
 from fedlora_mini.experiments.private import AS
 
+OVER_HALF = "LA-LoRA also beats DP-LoRA with K/2 steps."
+HALF: dict[str, Any] = {
+    "source": "",
+    "matched": f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
+    "not_matched": "local steps, bytes per step, numbers noised in a step",
+}
+FILTER: dict[str, Any] = {"not_matched": "nothing but the filter"}
 ELSEWHERE: dict[str, Claim] = {
     # the interaction: convolutions' kernels are the only smooth gradients here, and only the phantom's network has some
     **{
@@ -46,13 +55,11 @@ ELSEWHERE: dict[str, Claim] = {
     ),
     "la-over-dplora-mnist": private("On MNIST LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "mnist"),
     "la-over-dplora-half-mnist": private(
-        "On MNIST LA-LoRA also beats DP-LoRA with K/2 steps.",
+        f"On MNIST {OVER_HALF}",
         "la_lora",
         "fedit@private_mnist_half",
         "mnist",
-        source="",
-        matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
-        not_matched="local steps, bytes per step, numbers noised in a step",
+        **HALF,
     ),
     "la-over-rolora-mnist-long": private(
         "With twice the rounds and twice the batch, LA-LoRA beats RoLoRA on MNIST.", "la_lora", "rolora", "mnist_long"
@@ -61,47 +68,16 @@ ELSEWHERE: dict[str, Claim] = {
         "With twice the rounds and twice the batch, LA-LoRA beats DP-LoRA on MNIST.", "la_lora", "fedit", "mnist_long"
     ),
     "b-first-mnist": private("On MNIST B first beats A first.", "la_lora", "la_lora:first=A", "mnist"),
-    "la-over-rolora-phantom": private(
-        "Segmenting the phantom, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "phantom", **SITES
-    ),
-    "la-over-dplora-phantom": private(
-        "Segmenting the phantom, LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "phantom", **SITES
-    ),
-    "filter-la-phantom": private(
-        "Segmenting the phantom, whose decoder has convolutions, the low-pass filter helps LA-LoRA.",
-        f"la_lora{LOW}",
-        "la_lora",
-        "phantom",
-        not_matched="nothing but the filter",
-        **SITES,
-    ),
     **{
-        f"la-over-dplora-half-{where}": private(
-            f"Segmenting {what}, LA-LoRA also beats DP-LoRA with K/2 steps.",
-            "la_lora",
-            f"fedit@private_{where}_half",
-            where,
-            source="",
-            matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
-            not_matched="local steps, bytes per step, numbers noised in a step",
-            **SITES,
-        )
+        f"{name}-{where}": private(f"Segmenting {what}, {text}", a, b, where, **more, **SITES)
         for where, what in (("phantom", "the phantom"), ("nuclei", "nuclei"))
+        for name, text, a, b, more in (
+            ("la-over-rolora", "LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", {}),
+            ("la-over-dplora", "LA-LoRA beats DP-LoRA.", "la_lora", "fedit", {}),
+            ("la-over-dplora-half", OVER_HALF, "la_lora", f"fedit@private_{where}_half", HALF),
+            ("filter-la", "the low-pass filter helps LA-LoRA.", f"la_lora{LOW}", "la_lora", FILTER),
+        )
     },
-    "la-over-rolora-nuclei": private(
-        "Segmenting nuclei, LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "nuclei", **SITES
-    ),
-    "la-over-dplora-nuclei": private(
-        "Segmenting nuclei, LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "nuclei", **SITES
-    ),
-    "filter-la-nuclei": private(
-        "Segmenting nuclei, the low-pass filter helps LA-LoRA.",
-        f"la_lora{LOW}",
-        "la_lora",
-        "nuclei",
-        not_matched="nothing but the filter",
-        **SITES,
-    ),
     "as-over-rolora-mnist": private(
         "On MNIST AS-LoRA beats RoLoRA at about equal bytes.",
         AS,

@@ -37,7 +37,7 @@ def _sor(
     results: str = "sor_both.jsonl",
 ) -> Claim:
     a, b, matched = "iat_sor:form=exact,lam=0.01", "iat", "rounds, steps, batches, initial weights, data, rank, bytes"
-    seen = margin is None and metric != "m7"
+    seen = margin is None and metric != "m7"  # of TENTH's margins M7's alone was set before its runs
     margin = TENTH[metric] if margin is None else margin
     return Claim(text, a, b, results, sign, protocol, metric, margin, "zhao2026iat", matched, "nothing", seen=seen)
 
@@ -139,7 +139,12 @@ TWO_BY_TWO: dict[str, Claim] = {
         sign=-1,
     ),
     "anti-below-inverse": _cell(
-        "And below sharing B everywhere.", "anti_own_head", "inverse_fedsa", "both", sign=-1, seen=True
+        "Under both shifts the opposite assignment is also below sharing B everywhere.",
+        "anti_own_head",
+        "inverse_fedsa",
+        "both",
+        sign=-1,
+        seen=True,
     ),
     "iat-over-fedit-both": _cell(
         "Under both shifts IAT beats one LoRA for all (FedIT).",

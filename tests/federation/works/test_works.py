@@ -5,24 +5,14 @@ import torch
 
 from fedlora_mini import state as S
 from fedlora_mini.data import Split
-from fedlora_mini.federation.works import (
-    Calibrated,
-    Ditto,
-    FedAS,
-    Fusion,
-    MovingAverage,
-    OwnPair,
-    ResFIM,
-    SelfPruning,
-    Style,
-)
+from fedlora_mini.federation import METHODS
+from fedlora_mini.federation.row import Work
 from watched import advance, parts, run
 
 
-@pytest.mark.parametrize(
-    "work", [Calibrated(), Ditto(), FedAS(), Fusion(), MovingAverage(), OwnPair(), ResFIM(), SelfPruning(), Style()]
-)
-def test_every_work_has_words_for_the_table(work):
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if type(row.work) is not Work])
+def test_every_work_has_words_for_the_table(name):
+    work = METHODS[name].work
     assert 0 < len(work.label) < 80
     assert all(isinstance(name, str) and "~" in name for name in (*work.messages, *work.notes))
 
