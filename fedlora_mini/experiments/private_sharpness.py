@@ -37,7 +37,7 @@ IMAGES = 256  # of all clients' training images, evenly spaced, for the curvatur
 
 @dataclass
 class Traced:
-    """A run whose every round is kept: the server's tensors and the training loss at them, first those it starts from."""
+    """A run whose every round is kept: the server's tensors and the training loss at them, before and after."""
 
     federation: Federation
     states: list[State]
