@@ -45,6 +45,12 @@ QUESTIONS = (
         "The gradients of kernels of size 3 and of what they read; *shifted copies* is what the private step takes.",
     ),
     Question(
+        "fisher",
+        note="pFL-ResFIM's score. An adapter's factors take one backward pass a batch, with a gradient an image; a "
+        "network's own weights go one image at a time. The last arm is smaller than the Fisher diagonal and no "
+        "substitute for it: it shows what a plain pass costs.",
+    ),
+    Question(
         "filters",
         "low-pass alone",
         0.02,

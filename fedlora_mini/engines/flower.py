@@ -6,7 +6,6 @@ The only file that knows flwr. A node's private memory lives in Flower's context
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import itemgetter
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
 CLIENT = "partition-id"  # the setting of a node that says which client it is; Flower's own node ids are random
 NOTES = "notes"
+PAUSE = 0.5  # seconds between two looks for an answer
 
 
 def pack(state: State, **notes: Any) -> "RecordDict":
@@ -68,21 +68,34 @@ class FlowerEngine:
         replies = [json.loads(content[NOTES]["scores"]) for _, content in self._ask("evaluate", contents)]
         return {name: scores for reply in replies for name, scores in reply.items()}
 
-    def _ask(self, kind: str, contents: "Mapping[int, RecordDict]") -> "list[tuple[int, RecordDict]]":
-        """(client, answer) in the order of clients. Who answers is told by the node, not by what it says.
+    def _ask(self, kind: str, contents: "Mapping[int, RecordDict]") -> "Iterator[tuple[int, RecordDict]]":
+        """(client, answer) in the order of clients, each fetched when its turn comes: the server holds one of them.
 
-        Flower hands out all replies at once: the server holds the bytes of every client, whatever the rule holds.
+        What has arrived before its turn waits at the SuperLink.
         """
         from flwr.app import Message
 
-        client_at = {self.nodes[client]: client for client in contents}
         messages = [
             Message(content, self.nodes[client], kind, group_id=str(content[NOTES].get("round", "")))
             for client, content in contents.items()
         ]
-        replies = self.grid.send_and_receive(messages, timeout=self.timeout)
-        good = {client_at[reply.metadata.src_node_id]: reply.content for reply in replies if reply.has_content()}
-        return sorted(good.items(), key=itemgetter(0))
+        until = monotonic() + self.timeout
+        numbers = list(self.grid.push_messages(messages))
+        if len(numbers) < len(messages):
+            raise FedloraError(f"the SuperLink took none of the {len(messages)} messages: its log says why")
+        for client, number in sorted(zip(contents, numbers, strict=True)):
+            reply = self._reply(number, until) if number else None
+            if reply is not None and reply.has_content():
+                yield client, reply.content
+
+    def _reply(self, number: str, until: float) -> "Message | None":
+        """The answer to that message; past `until` only if it is there already."""
+        while True:
+            if found := list(self.grid.pull_messages([number])):
+                return found[0]
+            if monotonic() > until:
+                return None
+            sleep(PAUSE)
 
 
 def find(grid: "Grid", clients: Sequence[int], code: str, timeout: float) -> dict[int, int]:
@@ -106,7 +119,7 @@ def find(grid: "Grid", clients: Sequence[int], code: str, timeout: float) -> dic
             if client in found:
                 raise FedloraError(f"two nodes say that they are client {client}")
             found[client] = reply.metadata.src_node_id
-        sleep(0 if new else 0.5)
+        sleep(0 if new else PAUSE)
     return {client: found[client] for client in clients}
 
 

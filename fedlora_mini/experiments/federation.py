@@ -99,7 +99,9 @@ class Federation:
             guard_of(config, [len(split) for split in train]),
         )
         server = Server(start, ranks=dict(ranks))
-        return cls(config, data, model, server, engine, Watch(engine, server) if config.leakage else None)
+        held_out = [site.val for site in data.sites]
+        watch = Watch(engine, server, held_out, data.classes) if config.leakage else None
+        return cls(config, data, model, server, engine, watch)
 
     @classmethod
     def finished(cls, folder: Path, data: Dataset | None = None) -> "Federation":
@@ -144,7 +146,10 @@ class Federation:
 
         args = (row, self.engine, self.server, self.engine.keys, config.rounds, config.steps, choose)
         error = watched if watch is not None else None
-        yield from self.within_budget(federate(*args, error, self.engine.setting.layers, meter))
+        for each in self.within_budget(federate(*args, error, self.engine.setting.layers, meter)):
+            if watch is not None:
+                self.leakage |= watch.after()
+            yield each
 
     def within_budget(self, loop: Iterator[Round]) -> Iterator[Round]:
         """The rounds up to one that a privacy budget does not allow."""

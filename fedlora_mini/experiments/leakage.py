@@ -1,9 +1,10 @@
-"""Leakage of a run: M1 to M4 after every round, M5 and M6 at the end, each beside its level (methods.md card 3).
+"""Leakage of a run: M1 to M6 of every round, each beside its level (methods.md card 3).
 
 M1 to M4 ask for layers that share one factor and keep the other. Where all or nothing of a pair travels there is M1b,
 the spread of what the sites send, and where a layer has two whole branches M2 of these. Levels, as `<metric>_chance`:
 M1 with other sites' private factors, M1b from the halves of every site's images, M2 1 / (m n), M3 with permuted private
-changes, M4 r / m or r / n, M5 with shuffled names of sites, M6 zero.
+changes, M4 r / m or r / n, M5 with shuffled names of sites, M6 zero. M1 to M4 are read off the round's updates, M5 and
+M6 off what the server made of them; M5 (a) needs the updates of all rounds so far, at least four.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +37,11 @@ from fedlora_mini.metrics.leakage import (
     subspace_overlap,
 )
 from fedlora_mini.metrics.probe import flat, site_probe, site_probe_null, swap_drop
+from fedlora_mini.metrics.segmentation import evaluate
 from fedlora_mini.state import State
 
 NULL_DRAWS, FOLDS = 50, 4
+AT_THE_END = ("site_probe", "feature_probe", "swap_drop")  # what a run is told by as it ended, not by a mean over rounds
 
 
 def split_pairs(method: Method, keys: Mapping[str, Key]) -> dict[str, str]:
@@ -52,13 +55,19 @@ def split_pairs(method: Method, keys: Mapping[str, Key]) -> dict[str, str]:
 
 @dataclass
 class Watch:
-    """Looks at a federation's rounds: `begin` before one, `end` with its updates, `final` once all are over."""
+    """Looks at a federation's rounds: `begin` before one, `end` with its updates, `after` once the server has them.
+
+    `held_out`: of every site the images, none of them trained on, that M5 (b) and M6 look at.
+    """
 
     engine: LocalEngine
     server: Server
+    held_out: Sequence[Split]
+    classes: tuple[str, ...]
     before: dict[int, State] = field(default_factory=dict)
     twins: dict[int, Callable[[int], State]] = field(default_factory=dict)  # half of a site's images -> what it sends
     sent: list[list[State]] = field(default_factory=list)  # shared changes by round and site
+    start: float | None = None  # M5 (b) before any training
 
     def begin(self, clients: Sequence[int]) -> None:
         """Remember every client's model as the round starts it, and what it is told."""
@@ -129,7 +138,11 @@ class Watch:
         level = energy_null([row[1:-1] for row in through], average, weights)
         return {"leak_energy": leak_energy(own, average, weights), "leak_energy_chance": level}
 
-    def final(self) -> dict[str, Any]:
+    def after(self) -> dict[str, Any]:
+        """M5 and M6 of the model that the server now has, and of all updates so far."""
+        return self._updates() | self._features() | self._swapped()
+
+    def _updates(self) -> dict[str, Any]:
         """M5 (a) over the rounds that all sites took part in since a resume: accuracy, its null's mean and 95 %."""
         rounds = [row for row in self.sent if len(row) == len(self.engine.clients)]
         if len(rounds) < FOLDS or len(self.engine.clients) < 2 or len({tuple(map(len, row)) for row in rounds}) > 1:
@@ -139,36 +152,44 @@ class Watch:
         found = _probed("site_probe", flat(rounds), generator("probe", self.engine.setting.seed))
         return {"site_probe_rounds": len(rounds)} | found
 
-    @torch.no_grad()
-    def features(self, splits: Sequence[Split]) -> dict[str, Any]:
+    def _features(self) -> dict[str, Any]:
         """M5 (b): what the head is given by the shared-only model, private factors at their mean, tells of the site.
 
-        One split a site, as many images of each as the smallest has. `feature_probe_start` is the same before anything
-        was trained: images that look different are told apart by any features.
+        As many images of each site as the smallest has. `feature_probe_start` is the same before anything was trained:
+        images that look different are told apart by any features.
         """
-        images = min(map(len, splits))
-        if not self.sent or len(splits) < 2 or images < FOLDS:
+        if not self.sent or len(self.held_out) < 2 or min(map(len, self.held_out)) < FOLDS:
             return {}
-        engine = self.engine
+        if self.start is None:
+            self.start = site_probe(self._means({}), FOLDS, centre=False)  # the model itself holds what it started from
+        marks = self._means(self.engine.common(self.server))
+        found = _probed("feature_probe", marks, generator("features", self.engine.setting.seed), centre=False)
+        return found | {"feature_probe_start": self.start}
 
-        def means(state: State) -> Tensor:
-            """The features' means over pixels: (images, sites, channels)."""
-            seen = [engine.method.images(split.images[:images], self.server.state) for split in splits]
-            z = [embed(engine.setting.model, state, x.to(engine.device))[1].cpu() for x in seen]
-            return torch.stack([each.flatten(2).mean(2) if each.dim() > 2 else each for each in z], 1)
+    @torch.no_grad()
+    def _means(self, state: State) -> Tensor:
+        """The features' means over pixels: (images, sites, channels)."""
+        engine, images = self.engine, min(map(len, self.held_out))
+        seen = [engine.method.images(split.images[:images], self.server.state) for split in self.held_out]
+        z = [embed(engine.setting.model, state, x.to(engine.device))[1].cpu() for x in seen]
+        return torch.stack([each.flatten(2).mean(2) if each.dim() > 2 else each for each in z], 1)
 
-        rng = generator("features", engine.setting.seed)
-        start = site_probe(means({}), FOLDS, centre=False)  # the model itself still holds what it started from
-        found = _probed("feature_probe", means(engine.common(self.server)), rng, centre=False)
-        return found | {"feature_probe_start": start}
-
-    def swapped(self, score: Callable[[State, int], float]) -> dict[str, Any]:
+    def _swapped(self) -> dict[str, Any]:
         """M6, what each site loses with another site's private factors; nothing where there are none."""
         privates = [self._own(client) for client in self.engine.clients]
         if len(privates) < 2 or not any(privates):
             return {}
+
+        def score(state: State, k: int) -> float:
+            return evaluate(self.engine.setting.model, state, self.held_out[k], self.classes, hd95=False).dice
+
         shared = S.pick(self.server.state, is_model)
         return {"swap_drop": swap_drop(score, shared, privates).tolist(), "swap_drop_chance": 0.0}
+
+
+def ends(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """M5 and M6 of the last of these rounds, with all that stands beside them."""
+    return {name: value for name, value in rounds[-1].items() if name.startswith(AT_THE_END)} if rounds else {}
 
 
 def geometry(

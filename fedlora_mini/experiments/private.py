@@ -150,13 +150,7 @@ PARTS: dict[str, Part] = {
     "mnist_long": Part("MNIST, twice the rounds and the expected batch", PLAIN, MNIST | LONG),
     "mnist_long_open": Part("the same without privacy", ("fedit", "la_lora"), MNIST | LONG | OPEN),
     **_with_references("phantom", "masks, the phantom at eight sites", PHANTOM),
-    "nuclei": Part(
-        "masks, nuclei of four domains dealt to eight clients", (*PLAIN, "la_lora:first=A", *FILTERS_OF_TWO), NUCLEI
-    ),
-    "nuclei_half": Part("the nuclei with K/2 steps", ("fedit",), {**NUCLEI, "steps": STEPS // 2}),
-    "nuclei_open": Part("the nuclei without privacy", FIXED, NUCLEI | OPEN),
-    "nuclei_clipped": Part("the nuclei clipped, without noise", ("fedit",), NUCLEI | CLIPPED),
-    "nuclei_untrained": Part("the nuclei: the base under a new head", ("fedit",), NUCLEI | UNTRAINED, ()),
+    **_with_references("nuclei", "masks, nuclei of four domains dealt to eight clients", NUCLEI),
 }
 
 

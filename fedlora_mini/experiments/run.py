@@ -16,9 +16,8 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
+from fedlora_mini.experiments.leakage import ends
 from fedlora_mini.experiments.provenance import machine, versions
-from fedlora_mini.metrics import evaluate
-from fedlora_mini.state import State
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -74,17 +73,10 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
         raise FedloraError(f"'{folder}' was begun by other code; delete it to start again")
 
 
-def _leakage(federation: Federation, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """M1 to M4 by round, M5 of updates and of features, and M6; images are those of validation."""
-    watch, data = federation.watch, federation.data
-    if watch is None:
-        return {}
-
-    def score(state: State, k: int) -> float:
-        return evaluate(federation.model, state, data.sites[k].val, data.classes, hd95=False).dice
-
-    ends = watch.final() | watch.features([site.val for site in data.sites]) | watch.swapped(score)
-    return {"leakage": {"rounds": [r["leakage"] for r in rounds]} | ends}
+def _leakage(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `--leakage` logged in every round, and M5 and M6 as they ended."""
+    found = [r["leakage"] for r in rounds if "leakage" in r]
+    return {"leakage": {"rounds": found} | ends(found)} if found else {}
 
 
 def _model(federation: Federation, rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,7 +112,7 @@ def _result(federation: Federation, records: list[dict[str, Any]], seconds: floa
         "agg_err": [r["agg_err"] for r in rounds],
         "loss": [r["loss"] for r in rounds],
         "refused": [line for r in rounds for line in r["refused"]],
-        **_leakage(federation, rounds),
+        **_leakage(rounds),
         **federation.promise.told(federation.server.round),
         "round_seconds": [r["seconds"] for r in rounds],
         "seconds": seconds,

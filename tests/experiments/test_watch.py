@@ -5,7 +5,7 @@ import torch
 
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
-from fedlora_mini.experiments.leakage import split_pairs
+from fedlora_mini.experiments.leakage import FOLDS, split_pairs
 from fedlora_mini.experiments.report import table_of
 from fedlora_mini.experiments.run import run
 from fedlora_mini.federation import METHODS
@@ -46,9 +46,11 @@ def levels(metrics):
 def test_every_round_has_every_metric_beside_its_level(watched):
     rounds = watched["leakage"]["rounds"]
     assert len(rounds) == 4
-    for record in rounds:
-        assert set(record) == METRICS | levels(METRICS)
-        assert all(0 <= value <= 1 for value in record.values())
+    for t, record in enumerate(rounds, 1):
+        late = AT_THE_END - {"site_probe"} if t < FOLDS else AT_THE_END
+        beside = {name for name in BESIDE if name.startswith(tuple(late))}
+        assert set(record) == METRICS | levels(METRICS) | late | levels(late) | beside
+        assert all(0 <= record[metric] <= 1 for metric in METRICS | levels(METRICS))
         assert record["leak_cos2_chance"] < 0.01 and record["site_spread_chance"] > 0
     first, last = rounds[0], rounds[-1]
     assert first["leak_cos2"] == first["leak_explained"] == 0, "B = 0: the private change does nothing yet"
@@ -58,8 +60,10 @@ def test_every_round_has_every_metric_beside_its_level(watched):
 
 
 def test_the_end_has_the_probes_and_what_a_swap_costs_beside_their_levels(watched):
-    end = watched["leakage"]
+    end, last = watched["leakage"], watched["leakage"]["rounds"][-1]
     assert set(end) == {"rounds"} | AT_THE_END | levels(AT_THE_END) | BESIDE
+    assert all(end[name] == last[name] for name in set(end) - {"rounds"})
+    assert end["swap_drop"] != watched["leakage"]["rounds"][0]["swap_drop"]
     assert end["site_probe_rounds"] == 4
     for probe in ("site_probe", "feature_probe"):
         assert 0 <= end[probe] <= 1 and 0 < end[f"{probe}_95"] <= 1
@@ -74,7 +78,7 @@ def test_features_tell_sites_by_their_scanners_and_guess_where_they_have_one():
         options = {"per_site": 4, "val": 12, "test": 1, "appearance": appearance}
         federation = Federation.build(RunConfig(method="iat", leakage=True, **TINY | {"data_options": options}))
         next(iter(federation.rounds()))
-        found = federation.watch.features([site.val for site in federation.data.sites])
+        found = federation.leakage
         assert (found["feature_probe"] > found["feature_probe_95"]) == told
         assert (found["feature_probe_start"] > found["feature_probe_95"]) == told, "images alone tell as much"
 
@@ -90,7 +94,9 @@ BRANCHES = SPREAD | {"leak_cos2", "leak_cos2_chance"}
 )
 def test_rows_that_split_no_pair_have_the_spread_of_branches_m2_or_nothing(tmp_path, name, metrics):
     result = run(RunConfig(method=name, leakage=True, **TINY), tmp_path)
-    assert all(set(record) == metrics for record in result["leakage"]["rounds"])
+    ends = tuple(AT_THE_END)
+    for record in result["leakage"]["rounds"]:
+        assert {metric for metric in record if not metric.startswith(ends)} == metrics
     assert ("swap_drop" in result["leakage"]) == (name in ("local", "dual"))
     assert ("feature_probe" in result["leakage"]) == bool(metrics)
 

@@ -4,17 +4,20 @@ With full batches, no mirrored images and plain SGD in float64, so that a client
 """
 
 import pytest
+import torch
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters import keys, prepare, trainable
+from fedlora_mini.adapters.calibrated import SiteAttention
 from fedlora_mini.data import Split
 from fedlora_mini.engines import LocalEngine
-from fedlora_mini.federation import METHODS, Budget, Server, federate
+from fedlora_mini.federation import METHODS, Budget, Server, federate, member, sampling
 from fedlora_mini.federation.exchange import is_model
+from fedlora_mini.federation.works import fusion
 from fedlora_mini.models import build
 
 # Rows in which a client's number matters: FDLoRA's search and FedDG's draw of a style have random numbers by client,
-# and LC-Fed's network is told the number.
+# and LC-Fed's network is told the number. What holds of them without it has tests of its own.
 NUMBERED = ("fdlora", "feddg", "lcfed")
 pytestmark = pytest.mark.slow
 ROUNDS = 3  # one more than it takes until messages have come and gone
@@ -35,6 +38,9 @@ def federated(name, splits, classes=6):
     model = build("minisam", classes, d=16, depth=1, stem=4, width=4)
     options = {"sites": len(splits)} if row.adapter == "lcfed" else {}
     model = prepare(model, row.adapter, **options).double()
+    for module in model.modules():
+        if isinstance(module, SiteAttention):  # all clients' columns start alike
+            module.W1.data[:, -module.sites :] = 0
     start = trainable(model)
     engine = LocalEngine(model, row, keys(model, list(start)), splits, budget, 0, "sequential")
     server = Server(start)
@@ -87,3 +93,50 @@ def test_equal_clients_end_like_one_of_them_however_many(splits, name):
     again, others = federated(name, splits[1:2] * 4)
     assert near(state, again)
     assert all(near(own[0], mine) for mine in own + others)
+
+
+@pytest.fixture
+def without_numbers(monkeypatch):
+    """Random numbers that do not depend on the client."""
+
+    def common(seed, round, client, *purpose):
+        return sampling.generator(seed, round, *purpose)
+
+    for module in (member, fusion):
+        monkeypatch.setattr(module, "generator", common)
+
+
+def test_fdlora_without_random_numbers_by_client_knows_no_order(splits, without_numbers):
+    order, (state, own) = [2, 0, 1], federated("fdlora", splits)
+    again, moved = federated("fdlora", [splits[k] for k in order])
+    assert near(state, again)
+    assert all(near(own[k], mine) for k, mine in zip(order, moved, strict=True))
+
+
+@pytest.mark.parametrize("name", ["fdlora", "feddg"])
+def test_equal_clients_with_equal_random_numbers_end_alike(splits, without_numbers, name):
+    """FedDG draws from all other clients' styles in their order: which is no matter where all are equal."""
+    state, own = federated(name, splits[1:2] * 3)
+    again, others = federated(name, splits[1:2] * 4)
+    assert near(state, again)
+    assert all(near(own[0], mine) for mine in own + others)
+
+
+def test_lcfed_with_the_clients_in_another_order_is_the_same_with_other_numbers(splits):
+    """Columns for the one-hot vector and the place of a head among the others move with the client, nothing else."""
+    order, (state, own) = [2, 0, 1], federated("lcfed", splits)
+    again, moved = federated("lcfed", [splits[k] for k in order])
+    assert near(renumbered(state, order), again) and not near(state, again)
+    assert all(near(renumbered(own[k], order), mine) for k, mine in zip(order, moved, strict=True))
+
+
+def renumbered(state, order):
+    """The tensors of LC-Fed's adapters as they would be with client order[i] in the place of client i."""
+    out = dict(state)
+    for name, value in state.items():
+        factor, K = name.rpartition(".")[2], len(order)
+        if factor == "W1":
+            out[name] = torch.cat([value[:, :-K], value[:, -K:][:, order]], 1)
+        elif factor in ("site", "D_rest", "d_rest"):
+            out[name] = value[order]
+    return out

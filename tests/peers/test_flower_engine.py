@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from itertools import count
 
 import pytest
 import torch
@@ -18,14 +19,14 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 from fedlora_mini import state as S  # noqa: E402
 from fedlora_mini.data import load  # noqa: E402
-from fedlora_mini.engines.flower import client_app, find, pack, unpack  # noqa: E402
+from fedlora_mini.engines.flower import FlowerEngine, client_app, find, pack, unpack  # noqa: E402
 from fedlora_mini.errors import FedloraError  # noqa: E402
 from fedlora_mini.experiments import network  # noqa: E402
 from fedlora_mini.experiments.config import RunConfig  # noqa: E402
 from fedlora_mini.experiments.federation import Federation  # noqa: E402
 from fedlora_mini.experiments.network import lead, node_program, site  # noqa: E402
 from fedlora_mini.experiments.provenance import source_digest  # noqa: E402
-from fedlora_mini.federation import federate  # noqa: E402
+from fedlora_mini.federation import Request, federate  # noqa: E402
 from fedlora_mini.federation.member import Member  # noqa: E402
 
 TINY = {"rounds": 3, "steps": 2, "batch": 2, "rank": 4, "threads": 1, "base": "none", "execution": "sequential"}
@@ -73,7 +74,7 @@ class Wire:
         settings = {"config": json.dumps(config.asdict())}
         self.nodes = {node_id(k): Context(1, 1, {"partition-id": k}, RecordDict(), settings) for k in clients}
         self.lost = lambda client, kind, round: False  # whether a message finds its node dead
-        self.replies = []
+        self.replies, self.waiting, self.count = [], {}, count()
 
     def get_node_ids(self):
         return list(self.nodes)
@@ -81,10 +82,11 @@ class Wire:
     def context(self, client):
         return next(c for c in self.nodes.values() if c.node_config["partition-id"] == client)
 
-    def send_and_receive(self, messages, *, timeout):
-        out = []
+    def push_messages(self, messages):
+        numbers = []
         for message in messages:
             node, about = message.metadata.dst_node_id, message.metadata
+            numbers.append(f"message {next(self.count)}")
             if self.lost(self.nodes[node].node_config["partition-id"], about.message_type, about.group_id):
                 continue
             context = stored(self.nodes[node])
@@ -94,15 +96,22 @@ class Wire:
             except Exception as error:
                 reply = Message(Error(0, str(error)), reply_to=arrived)
             self.nodes[node] = stored(context)
-            out.append(sent(reply))
-        self.replies += out
-        return sorted(out, key=lambda reply: reply.object_id)
+            self.waiting[numbers[-1]] = sent(reply)
+            self.replies.append(self.waiting[numbers[-1]])
+        return numbers
+
+    def pull_messages(self, numbers):
+        found = [self.waiting.pop(number) for number in numbers if number in self.waiting]
+        return sorted(found, key=lambda reply: reply.object_id)
+
+    def send_and_receive(self, messages, *, timeout):
+        return self.pull_messages(self.push_messages(messages))
 
 
 def over_the_wire(config, folder, wire=None):
-    """(records of the run, the server's final state, the wire)."""
+    """(records of the run, the server's final state, the wire). An answer is there at once, or is lost."""
     wire = Wire(config, range(3)) if wire is None else wire
-    records = list(lead(wire, json.dumps(config.asdict()), 60.0, folder))
+    records = list(lead(wire, json.dumps(config.asdict()), 0.2, folder))
     return records, load_file(folder / "final.safetensors"), wire
 
 
@@ -186,6 +195,45 @@ def test_a_node_that_does_not_answer_is_left_out_of_the_round(tmp_path):
     assert list(records[-1]["scores"]["personal"]) == ["site1", "site3"]
     _, local = in_process(config, lambda round: [0, 1, 2] if round == 1 else [0, 2])
     assert S.digest(final) == S.digest(local.server.state)
+
+
+def test_the_server_fetches_an_answer_when_its_turn_comes():
+    """Not all at once: of a thousand nodes' tensors it holds one node's."""
+    config = RunConfig(method="fedit", **TINY)
+    wire, server = Wire(config, range(3)), Federation.build(config).server
+    engine = FlowerEngine(wire, {k: node_id(k) for k in (2, 0, 1)}, 60.0, CPU)
+    left = []
+    for update in engine.exchange({k: Request(1, server.state) for k in (2, 0, 1)}):
+        left.append((update.client, len(wire.waiting)))
+    assert left == [(0, 2), (1, 1), (2, 0)]
+
+
+def test_a_late_answer_is_waited_for_and_one_that_never_comes_costs_the_others_nothing(monkeypatch):
+    config = RunConfig(method="fedit", **TINY)
+    wire, server = Wire(config, range(3)), Federation.build(config).server
+    pull, looks = wire.pull_messages, []
+
+    def late(numbers):
+        looks.append(numbers[0])
+        return [] if looks.count(numbers[0]) < 3 else pull(numbers)  # there at the third look
+
+    monkeypatch.setattr(wire, "pull_messages", late)
+    monkeypatch.setattr("fedlora_mini.engines.flower.PAUSE", 0.01)
+    engine = FlowerEngine(wire, {k: node_id(k) for k in range(3)}, 60.0, CPU)
+    requests = {k: Request(1, server.state) for k in range(3)}
+    assert [update.client for update in engine.exchange(requests)] == [0, 1, 2] and len(looks) == 9
+    wire.pull_messages, wire.lost = pull, lambda client, kind, round: client == 0
+    engine.timeout = 0.05
+    assert [update.client for update in engine.exchange(requests)] == [1, 2]
+
+
+def test_messages_that_the_link_does_not_take_are_an_error(monkeypatch):
+    config = RunConfig(method="fedit", **TINY)
+    wire = Wire(config, range(3))
+    monkeypatch.setattr(wire, "push_messages", lambda messages: [])
+    engine = FlowerEngine(wire, {k: node_id(k) for k in range(3)}, 60.0, CPU)
+    with pytest.raises(FedloraError, match="took none of the 3 messages"):
+        list(engine.exchange({k: Request(1, {}) for k in range(3)}))
 
 
 def test_an_error_on_a_node_is_no_answer_and_a_round_without_answers_ends_the_run(tmp_path, monkeypatch):

@@ -1,0 +1,47 @@
+"""What does the diagonal Fisher cost, image by image?"""
+
+import torch
+from timing import Row, compare, main
+
+from fedlora_mini.adapters import prepare, trainable
+from fedlora_mini.adapters.base import call
+from fedlora_mini.data.base import Split
+from fedlora_mini.federation.fisher import diagonal_fisher, log_loss
+from fedlora_mini.models import zoo
+
+SETTINGS = (("minisam", 32), ("minisam", 64), ("unet", 64))
+BATCH = 8
+
+
+def measure() -> list[Row]:
+    """What does the diagonal Fisher cost, image by image?"""
+    rows, rng = [], torch.Generator().manual_seed(0)
+    for network, side in SETTINGS:
+        x = torch.rand(BATCH, 3, side, side, generator=rng)
+        data = Split(x, (x.mean(1) > 0.5).to(torch.uint8))
+        for adapter in ("lora", "full"):
+            model = prepare(zoo.build(network, classes=2), adapter)
+            start = trainable(model)
+            state = {n: v + 0.02 * torch.randn(v.shape, generator=rng) for n, v in start.items() if v.is_floating_point()}
+
+            def batched(model=model, state=state, data=data) -> None:
+                """The square of a batch's mean gradient: no Fisher information, but one plain pass."""
+                leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
+                loss = log_loss(call(model, leaves, data.images), data.masks).mean()
+                torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+
+            def one_by_one(model=model, state=state, data=data) -> None:
+                for i in range(BATCH):
+                    diagonal_fisher(model, state, Split(data.images[i : i + 1], data.masks[i : i + 1]), batch=1)
+
+            def ours(model=model, state=state, data=data) -> None:
+                diagonal_fisher(model, state, data, batch=BATCH)
+
+            arms = {"one image at a time": one_by_one, "ours": ours, "the batch's mean, squared": batched}
+            what = "rank 4" if adapter == "lora" else "all weights"
+            rows += compare(f"{network}, {side} px, batch {BATCH}, {what}", "one image at a time", arms, 7, memory=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main(measure)
