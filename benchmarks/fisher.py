@@ -21,8 +21,8 @@ def measure() -> list[Row]:
         data = Split(x, (x.mean(1) > 0.5).to(torch.uint8))
         for adapter in ("lora", "full"):
             model = prepare(zoo.build(network, classes=2), adapter)
-            start = trainable(model)
-            state = {n: v + 0.02 * torch.randn(v.shape, generator=rng) for n, v in start.items() if v.is_floating_point()}
+            start = {name: value for name, value in trainable(model).items() if value.is_floating_point()}
+            state = {name: value + 0.02 * torch.randn(value.shape, generator=rng) for name, value in start.items()}
 
             def batched(model=model, state=state, data=data) -> None:
                 """The square of a batch's mean gradient: no Fisher information, but one plain pass."""

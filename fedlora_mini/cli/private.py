@@ -22,12 +22,13 @@ Every arm searches its rate on seeds that are not reported, past the grid where 
 an edge is named. An interrupted study goes on where it stopped when the same command is given again."""
 
 # With masks: MiniSAM at rank 1 trains 3.7 k numbers, which take batches of more images to rise above the noise.
-SEGMENTING: dict[str, Any] = {"model": "minisam", "rank": 1, "clients": 4, "size": 32, "batch": 64}
+SEGMENTING: dict[str, Any] = {"model": "minisam", "rank": 1, "clients": 8, "size": 32, "batch": 64}
 SEGMENTING |= {"data_options": {"per_site": 256, "val": 16, "test": 32}}
 
 
 def private_command(args: argparse.Namespace) -> None:
     """Run the parts and print, for every arm, its score with all that epsilon depends on."""
+    from fedlora_mini.data import options
     from fedlora_mini.experiments.compare import parse_seeds
     from fedlora_mini.experiments.config import RunConfig
     from fedlora_mini.experiments.private import PARTS, PrivateStudy, edges, table, write
@@ -40,7 +41,8 @@ def private_command(args: argparse.Namespace) -> None:
     names = ("data", "size", "rounds", "batch")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.data not in (None, "digits", "mnist"):
-        changes = SEGMENTING | changes
+        held = {"test_seed": 0} if "test_seed" in options(args.data) else {}  # no search sees a test image
+        changes = SEGMENTING | {"data_options": SEGMENTING["data_options"] | held} | changes
     rates = [float(rate) for rate in args.rates.split(",")] if args.rates else None
     folder = Path(args.out or f"runs/private-{Path(args.data or 'study').stem}")
 

@@ -64,7 +64,8 @@ def network_command(args: argparse.Namespace) -> int:
         bar = progress(f"{config.method} seed {config.seed}", config.rounds)
         result = run_loopback(config, folder, bar, args.timeout)
     except KeyboardInterrupt:
-        print("\nfedlora: interrupted; the same command begins again", file=sys.stderr)
+        begin = "what it released stays released" if config.private else "the same command begins again"
+        print(f"\nfedlora: interrupted; {begin}", file=sys.stderr)
         return 130
     own = list(result["scores"]["personal"].items())
     metrics = {"dice": "Dice", "hd95": "HD95", "accuracy": "accuracy"}

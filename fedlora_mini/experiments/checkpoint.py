@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora_mini.engines import LocalEngine
+from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation import Server
 from fedlora_mini.privacy import Ledger
 from fedlora_mini.state import State
@@ -19,6 +20,15 @@ def write_atomically(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def check_nothing_released(log: Path) -> None:
+    """Raise if a private run's log tells of rounds: without a checkpoint nobody knows what they have spent."""
+    if log.exists() and '"event": "round"' in log.read_text(encoding="utf-8"):
+        raise FedloraError(
+            f"'{log.parent}' holds rounds of a private run and no checkpoint with its ledgers: what they released "
+            "stays released. Choose another folder, and add up what both runs spend"
+        )
 
 
 def save_checkpoint(path: Path, server: Server, engine: LocalEngine, records: list[dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ from fedlora_mini.metrics import evaluate, recognise
 from fedlora_mini.metrics.rank import pairs
 from fedlora_mini.models import load_base
 from fedlora_mini.models.zoo import check_task
+from fedlora_mini.privacy import Release
 from fedlora_mini.state import State
 from fedlora_mini.thin import norm2
 
@@ -99,15 +100,15 @@ class Federation:
             guard_of(config, [len(split) for split in train]),
         )
         server = Server(start, ranks=dict(ranks))
-        held_out = [site.val for site in data.sites]
-        watch = Watch(engine, server, held_out, data.classes) if config.leakage else None
+        apart = [site.val for site in data.sites], [site.test for site in data.unseen]
+        watch = Watch(engine, server, *apart, data.classes) if config.leakage else None
         return cls(config, data, model, server, engine, watch)
 
     @classmethod
     def finished(cls, folder: Path, data: Dataset | None = None) -> "Federation":
         """A run as it ended, from its folder: `engine.personal(client, server)` and `evaluate()` are what they were.
 
-        Not to be trained on: memories that no model needs, such as gradients, are not in the folder.
+        Not to be trained on: memories that no model needs, such as gradients, are not in the folder. Ledgers are.
         """
         record, tensors = folder / "result.json", folder / "final.safetensors"
         if missing := [path.name for path in (record, tensors) if not path.is_file()]:
@@ -123,6 +124,10 @@ class Federation:
         for member in federation.engine.members:
             heard = S.pick(server.state, lambda name: not name.startswith(OWN))
             member.memory = heard | parts.get(f"client {member.number}", {})
+        told = result.get("privacy", {})
+        for member, times in zip(federation.engine.members, told.get("releases", ()), strict=False):
+            if member.ledger is not None and times:
+                member.ledger.releases = [Release(told["sigma"], told["q"], times)]
         return federation
 
     def rounds(self) -> Iterator[Round]:

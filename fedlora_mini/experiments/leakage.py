@@ -24,6 +24,7 @@ from fedlora_mini.federation.exchange import is_model
 from fedlora_mini.federation.loop import told
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.sampling import generator
+from fedlora_mini.metrics.classification import recognise
 from fedlora_mini.metrics.leakage import (
     changes,
     energy_null,
@@ -41,7 +42,7 @@ from fedlora_mini.metrics.segmentation import evaluate
 from fedlora_mini.state import State
 
 NULL_DRAWS, FOLDS = 50, 4
-AT_THE_END = ("site_probe", "feature_probe", "swap_drop")  # what a run is told by as it ended, not by a mean over rounds
+AT_THE_END = ("site_probe", "feature_probe", "swap_drop", "heldout")  # told as they ended, not by a mean over rounds
 
 
 def split_pairs(method: Method, keys: Mapping[str, Key]) -> dict[str, str]:
@@ -57,17 +58,20 @@ def split_pairs(method: Method, keys: Mapping[str, Key]) -> dict[str, str]:
 class Watch:
     """Looks at a federation's rounds: `begin` before one, `end` with its updates, `after` once the server has them.
 
-    `held_out`: of every site the images, none of them trained on, that M5 (b) and M6 look at.
+    held_out: of every site the images, none of them trained on, that M5 (b) and M6 look at. unseen: images of sites
+    that never train, for M6's second half.
     """
 
     engine: LocalEngine
     server: Server
     held_out: Sequence[Split]
+    unseen: Sequence[Split]
     classes: tuple[str, ...]
     before: dict[int, State] = field(default_factory=dict)
     twins: dict[int, Callable[[int], State]] = field(default_factory=dict)  # half of a site's images -> what it sends
     sent: list[list[State]] = field(default_factory=list)  # shared changes by round and site
     start: float | None = None  # M5 (b) before any training
+    untrained: list[float] | None = None  # and M6's Dice at unseen sites
 
     def begin(self, clients: Sequence[int]) -> None:
         """Remember every client's model as the round starts it, and what it is told."""
@@ -140,7 +144,7 @@ class Watch:
 
     def after(self) -> dict[str, Any]:
         """M5 and M6 of the model that the server now has, and of all updates so far."""
-        return self._updates() | self._features() | self._swapped()
+        return self._updates() | self._features() | self._swapped() | self._held_out()
 
     def _updates(self) -> dict[str, Any]:
         """M5 (a) over the rounds that all sites took part in since a resume: accuracy, its null's mean and 95 %."""
@@ -180,11 +184,26 @@ class Watch:
         if len(privates) < 2 or not any(privates):
             return {}
 
-        def score(state: State, k: int) -> float:
-            return evaluate(self.engine.setting.model, state, self.held_out[k], self.classes, hd95=False).dice
-
         shared = S.pick(self.server.state, is_model)
-        return {"swap_drop": swap_drop(score, shared, privates).tolist(), "swap_drop_chance": 0.0}
+        drop = swap_drop(lambda state, k: self._score(state, self.held_out[k]), shared, privates)
+        return {"swap_drop": drop.tolist(), "swap_drop_chance": 0.0}
+
+    def _held_out(self) -> dict[str, Any]:
+        """M6's other half: the score at every site that never trains, by the shared-only model, and before training."""
+        if not self.unseen:
+            return {}
+        if self.untrained is None:
+            self.untrained = [self._score({}, split) for split in self.unseen]
+        common = self.engine.common(self.server)
+        return {"heldout": [self._score(common, split) for split in self.unseen], "heldout_start": self.untrained}
+
+    def _score(self, state: State, split: Split) -> float:
+        """Dice, or accuracy."""
+        model, method = self.engine.setting.model, self.engine.method
+        seen = replace(split, images=method.images(split.images, self.server.state))
+        if seen.labelled:
+            return recognise(model, state, seen, self.classes).accuracy
+        return evaluate(model, state, seen, self.classes, hd95=False).dice
 
 
 def ends(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.checkpoint import check_nothing_released
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import dataset_of
 from fedlora_mini.experiments.run import Progress
@@ -78,9 +79,16 @@ class Loopback:
             raise FedloraError("Flower is not installed here: pip install 'fedlora_mini[flower]'")
         if config.leakage:
             raise FedloraError("leakage is measured where all clients' memories are: use `fedlora run`")
+        if config.private and config.unit == "image" and not config.secure:
+            raise FedloraError(
+                "the server of a network knows the run's seed, and with it the noise of every client, which it could "
+                "take off again: add --secure, or simulate with `fedlora run`"
+            )
         self.config, self.folder, self.timeout = config, folder.absolute(), timeout
         if self.records_file.exists() and '"event": "result"' in self.records_file.read_text(encoding="utf-8"):
             raise FedloraError(f"'{folder}' holds a finished run; choose another folder or delete it")
+        if config.private:
+            check_nothing_released(self.records_file)
         self.clients = 1 if config.row.pooled else len(dataset_of(config).sites)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 

@@ -16,7 +16,7 @@ import pandas as pd
 from fedlora_mini.errors import unknown
 from fedlora_mini.experiments.arms import arm_of, title_of
 from fedlora_mini.experiments.checkpoint import write_atomically
-from fedlora_mini.experiments.compare import SEARCH_SEED, Comparison, validation
+from fedlora_mini.experiments.compare import SEARCH_SEED, Comparison, search_seeds, validation
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import METRICS
 from fedlora_mini.experiments.report import Result, arms, privacy, table_of
@@ -97,6 +97,15 @@ def _by_arm(name: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
     }
 
 
+def _in_cells(prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
+    """What `main`, `half` and `rest` are, in the other cells of epsilon and Dirichlet."""
+    parts: dict[str, Part] = {}
+    for cell, own in CELLS.items():
+        here = f"{where}Dirichlet {own['dirichlet']:g}, epsilon {own['epsilon']:g}"
+        parts |= _by_arm(prefix + cell, here, told | own)
+    return parts
+
+
 def _with_references(name: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
     """The same on other data, and what `open`, `clipped` and `untrained` are there."""
     return _by_arm(name, where, told) | {
@@ -131,13 +140,7 @@ PARTS: dict[str, Part] = {
     "untrained": Part("the base under a new head", ("fedit",), UNTRAINED, ()),
     "noise": Part("noise alone: its energy in BA", NOISY, {**NO_BUDGET, "lr": 0.01}, (), 4),
     "noise_half": Part("the same with K/2 steps", ("fedit",), {**NO_BUDGET, "lr": 0.01, "steps": STEPS // 2}, (), 4),
-    **{
-        name: part
-        for cell, told in CELLS.items()
-        for name, part in _by_arm(
-            cell, f"Dirichlet {told['dirichlet']:g}, epsilon {told['epsilon']:g}", dict(told)
-        ).items()
-    },
+    **_in_cells("", "", {}),
     **{
         f"{kind}_{dealt}": Part(f"Dirichlet {alpha:g}: {text}", arms, {**settings, "dirichlet": alpha}, rates)
         for dealt, alpha in (("d03", 0.3), ("d05", 0.5))
@@ -147,6 +150,7 @@ PARTS: dict[str, Part] = {
         )
     },
     **_with_references("mnist", "MNIST", MNIST),
+    **_in_cells("mnist_", "MNIST, ", MNIST),
     "mnist_long": Part("MNIST, twice the rounds and the expected batch", PLAIN, MNIST | LONG),
     "mnist_long_open": Part("the same without privacy", ("fedit", "la_lora"), MNIST | LONG | OPEN),
     **_with_references("phantom", "masks, the phantom at eight sites", PHANTOM),
@@ -180,7 +184,8 @@ class PrivateStudy:
             rates = part.rates if self.rates is None or not part.rates else self.rates
             settings = COMMON | part.settings | self.changes
             seeds = [seed + len(self.seeds) * i for i in range(part.times) for seed in self.seeds]
-            study = Comparison(part.arms, seeds, settings, self.folder / name, rates, self.on_run, SEARCH_SEEDS, WIDEN)
+            others = SEARCH_SEEDS if search_seeds(RunConfig(**settings)) else ()  # if no test images
+            study = Comparison(part.arms, seeds, settings, self.folder / name, rates, self.on_run, others, WIDEN)
             out[name] = study.run()
             self.searched += study.searched
             write(self.folder / f"private_{name}.jsonl", out[name])

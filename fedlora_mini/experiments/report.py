@@ -54,8 +54,8 @@ def table_of(results: Sequence[Result], arm: str, protocol: str, metric: str = "
     """(seeds, sites) of one arm under one protocol, seeds ascending; no rows if the protocol was not measured.
 
     Under "leakage" a metric of `--leakage`, as its mean over the rounds: one column for the federation, but for
-    "swap_drop", what a site loses with another site's private factors, and "m7", which have one for each site. Runs
-    that were stored before a metric was logged are left out, with a warning.
+    "swap_drop", what a site loses with another site's private factors, "m7" and "heldout", which have one for each
+    site. Runs that were stored before a metric was logged are left out, with a warning.
     """
     rows = sorted((r for r in results if arm_of(r["config"]) == arm), key=lambda r: r["config"]["seed"])
     if protocol == "leakage":
@@ -104,6 +104,7 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
         errors = [last for r in mine for last in r["agg_err"][-1:] if last is not None]
         sent = [each for r in mine for each in r["bytes_up"] if each is not None]
         clients = 1 if METHODS[mine[0]["config"]["method"]].pooled else len(mine[0]["scores"]["personal"])
+        took = [r["seconds"] for r in mine if r["seconds"] is not None]
         rows.append(
             {
                 "method": title_of(method),
@@ -118,7 +119,7 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
                 "KB up / client / round": f"{np.mean(sent) / clients / 1e3:.1f}" if sent else "–",
                 "agg. error": f"{np.mean(errors):.3f}" if errors else "–",
                 "lr": ", ".join(sorted({f"{r['config']['lr']:g}" for r in mine})),
-                "s / run": f"{np.mean([r['seconds'] for r in mine]):.0f}",
+                "s / run": f"{np.mean(took):.0f}" if took else "–",
             }
             | privacy(mine)
         )

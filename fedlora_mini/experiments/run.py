@@ -13,7 +13,12 @@ from safetensors.torch import save_file
 from fedlora_mini import state as S
 from fedlora_mini.data import Dataset
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.experiments.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from fedlora_mini.experiments.checkpoint import (
+    check_nothing_released,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.leakage import ends
@@ -44,6 +49,8 @@ def run(
     server, engine = federation.server, federation.engine
     head = {"event": "start", "config": config.asdict(), "versions": versions(), "machine": machine(engine.device)}
     checkpoint = folder / "checkpoint.safetensors"
+    if config.private and not checkpoint.exists():
+        check_nothing_released(folder / "log.jsonl")
     records = load_checkpoint(checkpoint, server, engine) if checkpoint.exists() else [head]
     _check_same(records[0], head, folder)
     for each in federation.rounds():
@@ -98,6 +105,7 @@ def _model(federation: Federation, rounds: list[dict[str, Any]]) -> dict[str, An
 def _result(federation: Federation, records: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """The line that stands in `results/`: provenance, costs per round, scores on test data."""
     rounds = [record for record in records if record["event"] == "round"]
+    took = [r["seconds"] for r in rounds]  # None where it would tell who was drawn
     return {
         "event": "result",
         **{key: value for key, value in records[0].items() if key != "event"},
@@ -114,7 +122,7 @@ def _result(federation: Federation, records: list[dict[str, Any]], seconds: floa
         "refused": [line for r in rounds for line in r["refused"]],
         **_leakage(rounds),
         **federation.promise.told(federation.server.round),
-        "round_seconds": [r["seconds"] for r in rounds],
-        "seconds": seconds,
+        "round_seconds": took,
+        "seconds": None if None in took else seconds,
         "final_sha256": S.digest(list(federation.states().values())),
     }

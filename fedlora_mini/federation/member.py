@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Adapter, Key, adapters
 from fedlora_mini.data.base import Split
+from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.client import Batches, Budget, train
 from fedlora_mini.federation.exchange import Request, Update, is_model, is_note
 from fedlora_mini.federation.fold import fold, fresh, products_in
@@ -55,6 +56,7 @@ class Member:
     memory: State
     setting: Setting
     ledger: Ledger | None = field(init=False)
+    noised: set[tuple[int, str]] = field(default_factory=set)  # rounds and purposes whose noise is used up
 
     def __post_init__(self) -> None:
         self.ledger = None if self.setting.guard is None else self.setting.guard.ledger()
@@ -117,13 +119,15 @@ class Member:
         round: int,
         start: State | None = None,
         purpose: str = "batches",
-        steps: int | None = None,
+        budget: Budget | None = None,
         **row: Any,
     ) -> tuple[State, float]:
-        """Train from `start` (its own tensors) by the method's row, or the row with other cells (`objective=…`)."""
+        """Train from `start` (its own tensors) by the method's row, or the row with other cells (`objective=…`).
+
+        budget: in the place of the run's.
+        """
         own = self.setting
-        budget = own.budget.of(len(self.data))
-        budget = budget if steps is None else replace(budget, steps=steps)
+        budget = (own.budget if budget is None else budget).of(len(self.data))
         method = replace(own.method, **row) if row else own.method
         begin = self.tensors if start is None else start
         batches = self.batches(round, budget, purpose)
@@ -132,11 +136,20 @@ class Member:
         return end, loss
 
     def guarded(self, round: int, budget: Budget, purpose: str) -> Guarded | None:
-        """Write the round's releases down, then hand out what makes them private. Raises BudgetSpent."""
+        """Write the round's releases down, then hand out what makes them private. Raises BudgetSpent.
+
+        Seeded noise serves once: of two releases with the same noise the difference is bare, and is refused.
+        """
         guard = self.setting.guard
         if guard is None or self.ledger is None:
             return None
+        if (round, purpose) in self.noised and not guard.secure:
+            raise FedloraError(
+                f"client {self.number} has released gradients of round {round} for '{purpose}' already, and would now "
+                "add the same noise to others: another release needs another purpose"
+            )
         self.ledger.spend(guard.releases(budget.steps))
+        self.noised.add((round, purpose))
         source = guard.source(generator(self.setting.seed, round, self.number, f"noise of {purpose}"))
         return Guarded(guard.mechanism, len(self.data), source)
 

@@ -68,7 +68,10 @@ METHODS: dict[str, Method] = {
     "hetlora": Method("HetLoRA", "lora", everything, rule=padded, work=SelfPruning(), reference="cho2024hetlora"),
     "flexlora": Method("FlexLoRA", "lora", everything, rule=svd, reference="bai2024flexlora"),
     "fedex": Method("FedEx-LoRA", "lora", everything, rule=residual, reference="singhal2025fedex"),
-    "lora_fair": Method("LoRA-FAIR", "lora", everything, rule=Fair(), reference="bian2025lorafair"),
+    "lora_fair": Method("LoRA-FAIR, ridge", "lora", everything, rule=Fair(), reference="bian2025lorafair"),
+    "lora_fair_cosine": Method(
+        "LoRA-FAIR", "lora", everything, rule=Fair(solve="optimised"), reference="bian2025lorafair"
+    ),
     # low-rank, for private gradients: LA-LoRA's own filter is `but(filter="low-pass")`, which every row takes
     "la_lora": Method("LA-LoRA", "lora", everything, by_step("B", "A"), reference="liu2026lalora"),
     "la_lora_pre": Method(
@@ -115,6 +118,7 @@ METHODS: dict[str, Method] = {
     "pfedsam": Method("pFedSAM", "pfedsam", common(), objective=(Distill(),), reference="wang2025pfedsam"),
     # full weights, one model for all
     "fedavg": Method("FedAvg", "full", everything, reference="mcmahan2017fedavg"),
+    "fedprox_full": Method("FedProx", "full", everything, objective=(Anchor(0.01),), reference="li2020fedprox"),
     "fednova": Method(  # FedAvg at equal steps: for `passes` and SGD
         "FedNova", "full", everything, rule=Nova(), reference="wang2020fednova"
     ),
@@ -157,7 +161,7 @@ METHODS: dict[str, Method] = {
     "fedadam": Method("FedIT + FedAdam", "lora", everything, rule=FedAdam(), reference="reddi2021adaptive"),
     "median": Method("FedIT, median", "lora", everything, rule=median, reference="yin2018byzantine"),
     "trimmed": Method("FedIT, trimmed mean", "lora", everything, rule=TrimmedMean(), reference="yin2018byzantine"),
-    "krum": Method("FedIT, Krum", "lora", everything, rule=Krum(byzantine=0), reference="blanchard2017krum"),
+    "krum": Method("FedIT, Krum", "lora", everything, rule=Krum(), reference="blanchard2017krum"),
 }
 
 

@@ -118,9 +118,10 @@ class Method:
         return self.but(seed=seed) if draws else self
 
     def lasting(self, rounds: int) -> "Method":
-        """The row whose rule fits a run of so many rounds; the row itself if its rule does not ask."""
-        within = getattr(self.rule, "within", None)
-        return self if within is None else replace(self, rule=within(rounds))
+        """The row whose rule and work fit a run of so many rounds; the row itself if neither asks."""
+        asking = {cell: getattr(getattr(self, cell), "within", None) for cell in ("rule", "work")}
+        fitting = {cell: within(rounds) for cell, within in asking.items() if within is not None}
+        return replace(self, **fitting) if fitting else self
 
     def _filtered(self, name: str) -> "Method":
         if name not in FILTERS:

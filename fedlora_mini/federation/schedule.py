@@ -63,7 +63,8 @@ together = Schedule("all at every step", lambda key, round, step, steps: True)
 
 def only(factor: str) -> Schedule:
     """One factor moves, the others stay at their common random start; the head moves too."""
-    return Schedule("nothing else moves", lambda key, round, step, steps: key.region == "head" or key.factor == factor)
+    rest = "A" if factor == "B" else "B"
+    return Schedule(f"{rest} never moves", lambda key, round, step, steps: key.region == "head" or key.factor == factor)
 
 
 def _turns(make: Callable[[str, str], Schedule], first: str, second: str) -> Callable[[str], Schedule]:

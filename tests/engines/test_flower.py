@@ -69,3 +69,18 @@ def test_a_finished_run_is_not_overwritten_and_leakage_is_not_measured_in_part(t
         loopback.Loopback(RunConfig(), tmp_path)
     with pytest.raises(FedloraError, match="leakage"):
         loopback.Loopback(RunConfig(leakage=True), tmp_path / "other")
+
+
+def test_over_a_network_noise_that_the_server_can_make_again_is_refused_and_so_is_a_second_beginning(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loopback, "find_spec", lambda name: name)
+    with pytest.raises(FedloraError, match="add --secure"):
+        loopback.Loopback(RunConfig(sigma=1.0), tmp_path)
+    loopback.Loopback(RunConfig(sigma=1.0, unit="client"), tmp_path)  # there the server itself adds the noise
+    secure = RunConfig(sigma=1.0, secure=True)
+    loopback.Loopback(secure, tmp_path)
+    (tmp_path / "log.jsonl").write_text(json.dumps({"event": "round", "round": 1}) + "\n")
+    loopback.Loopback(RunConfig(), tmp_path)
+    with pytest.raises(FedloraError, match="no checkpoint"):
+        loopback.Loopback(secure, tmp_path)

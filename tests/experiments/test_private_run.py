@@ -13,7 +13,7 @@ from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.promise import guard_of
 from fedlora_mini.experiments.report import summary
 from fedlora_mini.experiments.run import run
-from fedlora_mini.privacy import Release, epsilon
+from fedlora_mini.privacy import BudgetSpent, Release, epsilon
 
 TINY = {"size": 32, "sites": "3", "rounds": 3, "steps": 2, "batch": 2, "threads": 1}
 TINY |= {"data_options": {"per_site": 6, "val": 1, "test": 2, "n_unseen": 1}, "accountant": "rdp"}
@@ -29,6 +29,32 @@ def test_the_record_says_what_the_figure_depends_on(tmp_path):
     assert 2.9 < told["epsilon"] <= 3.0
     assert told["epsilon"] == epsilon([Release(told["sigma"], told["q"], 6)], told["delta"], told["accountant"])
     assert json.loads((tmp_path / "result.json").read_text())["loss"] == [None] * 3
+
+
+def test_a_finished_run_has_its_ledgers(tmp_path):
+    """What was spent stays spent, whoever opens the folder."""
+    result = run(config(), tmp_path)
+    federation = Federation.finished(tmp_path)
+    assert federation.promise.told(3)["privacy"] == result["privacy"]
+    with pytest.raises(BudgetSpent):
+        federation.engine.members[0].fit(4)
+
+
+def test_a_run_whose_checkpoint_is_gone_does_not_begin_with_empty_ledgers(tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def killed(record):
+        if record["round"] == 2:
+            raise Killed
+
+    for name, settings in (("private", config()), ("plain", config(epsilon=None))):
+        with pytest.raises(Killed):
+            run(settings, tmp_path / name, killed)
+        (tmp_path / name / "checkpoint.safetensors").unlink()
+    with pytest.raises(FedloraError, match="what they released stays released"):
+        run(config(), tmp_path / "private")
+    assert run(config(epsilon=None), tmp_path / "plain")["event"] == "result", "nothing was promised there"
 
 
 def test_the_summary_prints_every_number_with_the_figure(tmp_path):
@@ -113,8 +139,11 @@ def test_clients_can_be_what_is_protected(tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
-def test_the_record_tells_nothing_of_a_client_that_is_protected(tmp_path, fraction):
-    """Neither on disk nor on the screen; who takes part and what it costs only where everybody does."""
+def test_the_record_tells_nothing_of_a_protected_clients_part_in_a_round(tmp_path, fraction):
+    """Neither on disk nor on the screen; who takes part and what it costs only where everybody does.
+
+    How many images a site has and how well the model does there is no part of a round, and is told.
+    """
     shown = []
     result = run(config(unit="client", fraction=fraction, clip=0.1), tmp_path, shown.append)
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -124,9 +153,11 @@ def test_the_record_tells_nothing_of_a_client_that_is_protected(tmp_path, fracti
         told = [record[name] for name in ("clients", "bytes_up", "bytes_down", "seconds")]
         assert None not in told if fraction == 1 else told == [None] * 4
     assert result["loss"] == result["agg_err"] == [None] * 3 and result["refused"] == []
+    assert (result["seconds"] is None) == (fraction < 1)
     assert result["scores"]["server"]["model"].keys() == {"energy"}, "of the noised model"
     row = summary([result]).loc["FedIT"]
     assert row["agg. error"] == "–" and (row["KB up / client / round"] == "–") == (fraction < 1)
+    assert (row["s / run"] == "–") == (fraction < 1)
 
 
 def test_private_images_leave_the_error_of_updates_that_are_noised_already(tmp_path, monkeypatch):

@@ -187,15 +187,49 @@ def test_any_report_of_labels_speaks_of_accuracy(ran, tmp_path):
     assert "personal accuracy" in text.read_text() and "HD95" not in text.read_text() and picture.exists()
 
 
+@pytest.mark.parametrize(("data", "held"), [("nuclei", {"test_seed": 0}), ("phantom", {})])
+def test_on_other_data_the_test_images_of_real_sets_stay_out_of_the_search(monkeypatch, data, held):
+    asked = []
+
+    class Study:
+        searched = ()
+
+        def __init__(self, parts, seeds, folder, changes, rates, on_run):
+            asked.append(changes)
+
+        def run(self):
+            return {}
+
+    monkeypatch.setattr(private, "PrivateStudy", Study)
+    assert main(["private", "--data", data, "--seeds", "0"]) == 0
+    assert asked[0]["data_options"] == SEGMENTING["data_options"] | held and asked[0]["clients"] == 8
+
+
+def test_where_test_images_move_with_the_seed_every_split_searches_on_its_own(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(private, "Comparison", lambda *args: asked.append(args[6]) or FakeComparison())
+    options = {"data_options": {"val": 4}}
+    for changes in ({"data": "nuclei", "clients": 8} | options, {"data": "phantom"} | options, {}):
+        PrivateStudy(["half"], [0], tmp_path, changes).run()
+    assert asked == [(), private.SEARCH_SEEDS, private.SEARCH_SEEDS]
+
+
+class FakeComparison:
+    searched = ()
+
+    def run(self):
+        return []
+
+
 @pytest.mark.slow
 def test_masks_are_a_task_of_the_same_study(tmp_path):
     """A private segmentation: MiniSAM on phantoms, scored by Dice."""
-    small = {"data_options": {"per_site": 24, "val": 1, "test": 2}, "batch": 6, "rounds": 1, "steps": 2}
+    small = {"data_options": {"per_site": 24, "val": 4, "test": 4}, "batch": 6, "rounds": 1, "steps": 2}
     own = PrivateStudy(["half"], [0], tmp_path, SEGMENTING | SHORT | small | {"data": "phantom"}, rates=(0.1,))
     results = own.run()["half"]
     told = table(results)
     assert told["dice"].size == 4 and set(told["releases"]) == {"2"}
-    assert all(r["privacy"]["q"] == pytest.approx(0.25) and r["privacy"]["epsilon"] <= 3 for r in results)
+    assert all(r["privacy"]["q"] == pytest.approx(0.5) and r["privacy"]["epsilon"] <= 3 for r in results)
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ def test_looking_does_not_change_the_run(watched, tmp_path):
 
 METRICS = {"site_spread", "leak_energy", "leak_cos2", "leak_explained", "overlap"}
 AT_THE_END = {"site_probe", "feature_probe", "swap_drop"}
+HELD_OUT = {"heldout", "heldout_start"}
 BESIDE = {
     "site_probe_rounds",
     "site_probe_95",
@@ -49,7 +50,7 @@ def test_every_round_has_every_metric_beside_its_level(watched):
     for t, record in enumerate(rounds, 1):
         late = AT_THE_END - {"site_probe"} if t < FOLDS else AT_THE_END
         beside = {name for name in BESIDE if name.startswith(tuple(late))}
-        assert set(record) == METRICS | levels(METRICS) | late | levels(late) | beside
+        assert set(record) == METRICS | levels(METRICS) | late | levels(late) | beside | HELD_OUT
         assert all(0 <= record[metric] <= 1 for metric in METRICS | levels(METRICS))
         assert record["leak_cos2_chance"] < 0.01 and record["site_spread_chance"] > 0
     first, last = rounds[0], rounds[-1]
@@ -61,7 +62,7 @@ def test_every_round_has_every_metric_beside_its_level(watched):
 
 def test_the_end_has_the_probes_and_what_a_swap_costs_beside_their_levels(watched):
     end, last = watched["leakage"], watched["leakage"]["rounds"][-1]
-    assert set(end) == {"rounds"} | AT_THE_END | levels(AT_THE_END) | BESIDE
+    assert set(end) == {"rounds"} | AT_THE_END | levels(AT_THE_END) | BESIDE | HELD_OUT
     assert all(end[name] == last[name] for name in set(end) - {"rounds"})
     assert end["swap_drop"] != watched["leakage"]["rounds"][0]["swap_drop"]
     assert end["site_probe_rounds"] == 4
@@ -70,6 +71,8 @@ def test_the_end_has_the_probes_and_what_a_swap_costs_beside_their_levels(watche
         assert end[f"{probe}_chance"] == pytest.approx(1 / 3, abs=0.08)
     assert 0 <= end["feature_probe_start"] <= 1
     assert len(end["swap_drop"]) == 3 and end["swap_drop_chance"] == 0
+    dice = [site["dice"] for site in watched["scores"]["new site"].values()]
+    assert end["heldout"] == pytest.approx(dice) and end["heldout"] != end["heldout_start"]
 
 
 @pytest.mark.slow
@@ -94,7 +97,7 @@ BRANCHES = SPREAD | {"leak_cos2", "leak_cos2_chance"}
 )
 def test_rows_that_split_no_pair_have_the_spread_of_branches_m2_or_nothing(tmp_path, name, metrics):
     result = run(RunConfig(method=name, leakage=True, **TINY), tmp_path)
-    ends = tuple(AT_THE_END)
+    ends = tuple(AT_THE_END | HELD_OUT)
     for record in result["leakage"]["rounds"]:
         assert {metric for metric in record if not metric.startswith(ends)} == metrics
     assert ("swap_drop" in result["leakage"]) == (name in ("local", "dual"))

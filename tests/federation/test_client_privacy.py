@@ -67,6 +67,17 @@ def test_nobody_drawn_is_noise_of_deviation_sigma_C_over_m():
     assert found.dtype == torch.float32 and found.std() == pytest.approx(2.0 * 0.1 / 5, rel=0.02)
 
 
+def test_with_a_quantile_both_releases_are_noised():
+    """Nobody drawn: what is left of the sum is noise of its raised multiplier, of the count noise of deviation m/20."""
+    start, rule = {"a.A": torch.zeros(100, 200)}, ClientDP(0.8, 10, 0.1, quantile=0.5)
+    assert rule.sum_sigma > 1.3 * rule.sigma
+    found = [replace(rule, seed=seed)(start, []) for seed in range(300)]
+    assert found[0]["a.A"].std() == pytest.approx(rule.sum_sigma * 0.1 / 10, rel=0.02)
+    moved = torch.stack([(out[NORM] / 0.1).log() for out in found]).double()  # -eta (1/2 + noise/m - quantile)
+    assert moved.std() == pytest.approx(rule.eta * (rule.clients / 20) / rule.clients, rel=0.15)
+    assert moved.mean().abs() < 4 * moved.std() / 300**0.5
+
+
 def test_rounds_draw_their_own_noise_and_repeat_by_seed():
     start = server()
     one = ClientDP(1.0, 2, 0.1)(start, [])

@@ -128,12 +128,32 @@ def test_seeded_samples_are_those_of_the_generator_and_secure_ones_are_not(tiny)
 def test_noise_differs_between_clients_rounds_and_steps(tiny):
     """With no image drawn and SGD, a step is the noise."""
     budget = Budget(steps=2, batch=2, lr=1.0, optimiser="sgd", augment=False)
-    engine, server = federation("fedit", tiny, Guarding(DPSGD(1.0, 1e-9, 1e-9)), budget)
-    ends = [member.fit(round, steps=steps)[0] for member in engine.members for round in (1, 2) for steps in (1, 2)]
+    budgets = [replace(budget, steps=steps) for steps in (1, 2)]
+    ends = []
+    for round in (1, 2):
+        for each in budgets:
+            engine, server = federation("fedit", tiny, Guarding(DPSGD(1.0, 1e-9, 1e-9)), budget)
+            ends.append([member.fit(round, budget=each)[0] for member in engine.members])
+    ends = [end for round in (ends[:2], ends[2:]) for pair in zip(*round, strict=True) for end in pair]
     moved = [torch.cat([v.flatten() for v in S.sub(end, server.state).values()]) for end in ends]
     second = [two - one for one, two in zip(moved[::2], moved[1::2], strict=True)]
     draws = torch.stack([*moved[::2], *second])
     assert torch.corrcoef(draws).sub(torch.eye(len(draws))).abs().max() < 0.2
+
+
+def test_noise_serves_once(tiny):
+    """Of two releases with the same noise the difference is bare: refused, and not written down as if it had happened."""
+    engine, _ = federation("fedit", tiny)
+    member = engine.members[0]
+    member.fit(1)
+    with pytest.raises(FedloraError, match="client 0 has released gradients of round 1 for 'batches' already"):
+        member.fit(1)
+    assert [r.times for r in member.ledger.releases] == [3]
+    member.fit(1, purpose="another")
+    member.fit(2)
+    secure, _ = federation("fedit", tiny, replace(PRIVATE, secure=True))
+    ends = [secure.members[0].fit(1)[0] for _ in range(2)]  # the system's noise is never the same
+    assert S.norm(S.sub(*ends)) > 0
 
 
 def test_losses_are_not_told(tiny):
@@ -164,7 +184,9 @@ def test_filters_change_the_released_gradient_and_nothing_else(tiny):
     plain, filtered = (
         federation("fedit", tiny, row=replace(METHODS["fedit"], objective=terms)) for terms in ((), (LowPass(),))
     )
-    a, b = (engine.members[0].fit(1, steps=1)[0] for engine, _ in (plain, filtered))
+    a, b = (
+        m.fit(1, budget=replace(m.setting.budget, steps=1))[0] for m in (e.members[0] for e, _ in (plain, filtered))
+    )
     head = [name for name in a if name.startswith("head")]
     assert head and all(torch.equal(a[name], b[name]) for name in head)
     assert any(not torch.equal(a[name], b[name]) for name in a)

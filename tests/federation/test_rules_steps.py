@@ -84,6 +84,13 @@ def test_krum_is_the_brute_force_loop(f, multi, K):
     assert_same(Krum(f, multi)(None, updates), expected)
 
 
+def test_krum_survives_as_many_as_the_number_of_clients_allows():
+    """(K - 3) // 2 unless told: none of three, one of five, two of seven."""
+    for K, f in ((3, 0), (4, 0), (5, 1), (6, 1), (7, 2)):
+        updates = [Update(k, state(k), 1.0) for k in range(K)]
+        assert_same(Krum()(None, updates), Krum(f)(None, updates))
+
+
 @pytest.mark.parametrize("rule", [median, TrimmedMean(), Krum(), Krum(multi=3)], ids=named)
 @pytest.mark.parametrize("huge", [1e6, -1e30], ids=str)
 def test_robust_rules_survive_one_client_with_huge_values(rule, huge):
@@ -99,7 +106,8 @@ def test_robust_rules_survive_one_client_with_huge_values(rule, huge):
 @pytest.mark.parametrize(
     ("act", "said"),
     [
-        (lambda: Krum()(None, clients()[:4]), "at least 5 clients, got 4"),
+        (lambda: Krum(1)(None, clients()[:4]), "at least 5 clients, got 4"),
+        (lambda: Krum()(None, clients()[:2]), "at least 3 clients, got 2"),
         (lambda: Krum(multi=5)(None, clients()), "at most 4 of 5"),
         (lambda: Krum(byzantine=-1), "byzantine >= 0"),
         (lambda: Krum(multi=0), "multi >= 1"),

@@ -177,6 +177,14 @@ def test_before_its_first_round_no_curvature_enters_a_score(tiny):
     assert late[:2] == none[:2] and late[2] != none[2] and raw[0] != none[0]
 
 
+def test_the_raw_curvature_enters_in_the_last_ten_rounds_of_a_run_unless_told():
+    def work(rounds, **change):
+        return RunConfig(method="as_lora", rounds=rounds, change=change).row.work
+
+    assert work(30, curvature="raw").since == 21 and work(8, curvature="raw").since == 1
+    assert work(30, curvature="raw", since=3).since == 3 and work(30).since is None
+
+
 def test_the_raw_curvature_reads_images_and_is_refused_under_a_budget(tiny):
     raw = replace(ROW, work=Selected("raw"))
     engine, server = federation(tiny, raw)
@@ -206,14 +214,14 @@ def test_alternating_by_step_moves_one_factor_a_step(tiny):
         start, member = dict(server.state), engine.members[0]
         start |= {n: 0.1 * torch.ones_like(v) for n, v in start.items() if n.endswith(".B")}  # at B = 0 no A moves
         for steps, moves in ((1, order), (2, "AB")):
-            end = member.fit(1, start, steps=steps)[0]
+            end = member.fit(1, start, budget=replace(BUDGET, steps=steps))[0]
             changed = {engine.keys[n].factor for n in engine.keys if not torch.equal(end[n], start[n])}
             assert changed & {"A", "B"} == set(moves), name
 
 
 def test_a_first_step_on_a_at_b_zero_has_nothing_to_follow(tiny):
     engine, server = federation(tiny, METHODS["la_lora"].but(first="A"))
-    end = engine.members[0].fit(1, steps=1)[0]
+    end = engine.members[0].fit(1, budget=replace(BUDGET, steps=1))[0]
     assert all(torch.equal(end[n], server.state[n]) for n in engine.keys if n.endswith((".A", ".B")))
 
 

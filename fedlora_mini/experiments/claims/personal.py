@@ -79,6 +79,7 @@ PERSONAL: dict[str, Claim] = {
         +1,
         matched="rounds, local steps, batches, initial weights, data",
         not_matched="trained numbers (twice as many), bytes",
+        seen=True,
     ),
     "fedrep-over-fedavg": Claim(
         "Keeping the head at the site (FedRep) is better for the site than one model for all (FedAvg).",
@@ -158,6 +159,7 @@ PERSONAL: dict[str, Claim] = {
         source="jiang2023iopfl",
         not_matched="unlabelled test images of the new site (seen by IOP-FL alone). Its public code routes by image "
         "and fits the routing at the rate 1e-3; here a layer has one mixture a site, fitted at 0.1",
+        seen=True,  # the method was completed, and the text with it, after first runs
     ),
     "lora-equals-full": Claim(
         "FedAvg of all weights and FedIT, which trains a tenth of them, score the same on a site's own data.",

@@ -39,5 +39,15 @@ SITES: dict[str, Claim] = {
         +1,
         source="zhao2026iat",
         not_matched="bytes sent (none by a site alone)",
+        seen=True,
+    ),
+    "near-two-factors-nuclei": Claim(
+        "On four real nuclei domains, the assignment opposite to IAT's is better, as the sites' own updates predict.",
+        "iat_own_head",
+        "anti_own_head",
+        "nuclei_domains.jsonl",
+        -1,
+        not_matched="bytes sent",
+        seen=True,
     ),
 }

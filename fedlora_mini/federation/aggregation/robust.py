@@ -65,20 +65,22 @@ class Krum:
     """The mean of the `multi` updates that lie closest to the others. Blanchard et al. 2017.
 
     The score of an update is the sum of its K - f - 2 smallest squared distances to others, f = `byzantine` the number
-    of arbitrary clients that it is to survive; K >= 2 f + 3. Of equal scores the lower client wins.
+    of arbitrary clients that it is to survive; K >= 2 f + 3. None: as many as K allows, (K - 3) // 2, which is none of
+    three or four. Of equal scores the lower client wins.
     """
 
-    byzantine: int = 1
+    byzantine: int | None = None
     multi: int = 1
     label: ClassVar[str] = "Krum"
 
     def __post_init__(self) -> None:
-        if self.byzantine < 0 or self.multi < 1:
+        if (self.byzantine or 0) < 0 or self.multi < 1:
             raise FedloraError(f"Krum needs byzantine >= 0 and multi >= 1, got {self.byzantine} and {self.multi}")
 
     def __call__(self, server: State, updates: Iterable[Update]) -> State:
         ordered = in_order(updates)
-        K, f = len(ordered), self.byzantine
+        K = len(ordered)
+        f = max(0, (K - 3) // 2) if self.byzantine is None else self.byzantine
         if 2 * f + 3 > K:
             raise FedloraError(f"Krum with {f} byzantine needs at least {2 * f + 3} clients, got {K}")
         if self.multi > K - f:

@@ -6,7 +6,7 @@ last own model had: min Σ_y ||z̄_y - c_y||². 2. The client tells the trace of
 here it is per image, which is what the name says (`diagonal_fisher`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,9 +47,15 @@ class ToMine(Regularizer):
 
 @dataclass(frozen=True)
 class FedAS(Work):
-    """steps: of alignment, from the second round on. images: at most so many for the Fisher information."""
+    """steps: of alignment, from the second round on. images: at most so many for the Fisher information.
+
+    The paper has one pass at the rate 0.01: `passes=1, rate=0.01`. passes: in the place of steps; rate: of the
+    alignment alone, None = the run's.
+    """
 
     steps: int = 2
+    passes: int | None = None
+    rate: float | None = None
     images: int = 32
 
     messages = (WEIGHT,)
@@ -57,12 +63,15 @@ class FedAS(Work):
 
     @property
     def label(self) -> str:  # type: ignore[override]
-        return f"aligned to own prototypes ({self.steps} steps), weight by Fisher information"
+        long = f"{self.steps} steps" if self.passes is None else f"{self.passes:g} passes"
+        return f"aligned to own prototypes ({long}), weight by Fisher information"
 
     def round(self, client: Member, round: int) -> tuple[State, float, State]:
         start, mine = client.tensors, client.memory.get(MINE)
         if mine is not None:
-            start, _ = client.fit(round, start, "align", self.steps, objective=(ToMine(mine),))
+            own = client.setting.budget
+            budget = replace(own, steps=self.steps, passes=self.passes, lr=own.lr if self.rate is None else self.rate)
+            start, _ = client.fit(round, start, "align", budget, objective=(ToMine(mine),))
         end, loss = client.fit(round, start)
         client.memory[MINE] = prototypes(client, end)[0]
         fisher = diagonal_fisher(client.setting.model, end, client.data, self.images)

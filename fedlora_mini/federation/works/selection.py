@@ -8,7 +8,7 @@ kappa is the curvature along g. curvature "released" takes it from two released 
 curvature of the loss on the step's private images: not private, and refused under a budget; "none" leaves it out.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedlora_mini.federation.member import Member
 
 CURVATURES = ("released", "none", "raw")
+LAST = 10  # rounds, at the end, in which the published code looks at curvature
 GRADIENT, PLACE = "~as/g/", "~as/at/"  # the last released gradient of every factor, and where it was taken
 
 
@@ -56,10 +57,13 @@ def score(g: Tensor, noise: float, eta: float, kappa: float) -> float:
 
 @dataclass(frozen=True)
 class Selected(Work):
-    """The work of an AS-LoRA client. since: the first round whose scores hold a curvature; before, energy alone."""
+    """The work of an AS-LoRA client. since: the first round whose scores hold a curvature; before, energy alone.
+
+    None: the first of all, with "raw" the first of the run's last ten, as in the published code.
+    """
 
     curvature: str = "released"
-    since: int = 1
+    since: int | None = None
 
     messages = (f"{SCORE}*",)
     notes = (GRADIENT, PLACE)
@@ -67,8 +71,12 @@ class Selected(Work):
     def __post_init__(self) -> None:
         if self.curvature not in CURVATURES:
             raise unknown("curvature of AS-LoRA", self.curvature, CURVATURES)
-        if self.since < 1:
+        if self.since is not None and self.since < 1:
             raise FedloraError(f"since must be a round, at least 1, got {self.since}")
+
+    def within(self, rounds: int) -> "Selected":
+        """The work in a run of so many rounds."""
+        return self if self.since or self.curvature != "raw" else replace(self, since=max(1, rounds - LAST + 1))
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -90,7 +98,7 @@ class Selected(Work):
             key = own.keys[name]
             if key.factor in "AB" and chosen(key, client.notes):
                 seen = past.get(name), where.get(name)
-                kappa = self._kappa(client, name, recorder, *seen) if round >= self.since else 0.0
+                kappa = self._kappa(client, name, recorder, *seen) if round >= (self.since or 1) else 0.0
                 say[f"{SCORE}{key.path}"] = torch.tensor(score(g, noise, own.budget.lr, kappa), dtype=torch.float64)
         client.keep(GRADIENT, past | recorder.last)
         client.keep(PLACE, where | recorder.at)

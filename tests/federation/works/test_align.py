@@ -22,7 +22,7 @@ def test_the_alignment_takes_a_body_to_the_clients_own_prototypes(tiny):
         last = watched.ends(1)[member.number]
         start = {name: value + 0.1 * torch.randn(value.shape, generator=rng) for name, value in last.items()}
         target, counts = class_means(model, last, member.data, 6)
-        end, _ = member.fit(2, start, "align", 12, objective=(ToMine(target),))
+        end, _ = member.fit(2, start, "align", replace(member.setting.budget, steps=12), objective=(ToMine(target),))
         distances = [
             float((class_means(model, state, member.data, 6)[0] - target)[counts > 0].square().sum())
             for state in (start, end)
@@ -52,7 +52,7 @@ def test_the_alignment_of_the_first_round_is_none_and_its_gradient_by_hand(tiny)
     target[5] = 0  # a class that the client has never seen
     state = S.pick(watched.ends(1)[0], is_model)
     watched.setting.budget = replace(SGD, weight_decay=0.1)
-    found, _ = member.fit(7, state, "align", 1, objective=(ToMine(target),))
+    found, _ = member.fit(7, state, "align", replace(member.setting.budget, steps=1), objective=(ToMine(target),))
     x, y = member.batches(7, replace(SGD, steps=1), "align")(1)
     leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
     z = embed(model, leaves, x)[1].movedim(1, -1)
@@ -84,3 +84,22 @@ def test_fedas_weighs_by_the_trace_of_fisher_information_and_keeps_heads(tiny):
         own = watched.ends(1)[member.number]
         assert all(torch.equal(member.memory[n], own[n]) for n in own if n.startswith("head"))
         torch.testing.assert_close(member.memory["~mine"], class_means(watched.setting.model, own, member.data, 6)[0])
+
+
+def test_the_papers_alignment_is_one_pass_at_a_rate_of_its_own(tiny):
+    """In the place of two steps at the run's rate; training itself keeps the run's budget."""
+    watched, _, _ = run("fedas", parts(tiny), 1)
+    member, asked = watched.members[0], {}
+    fit = member.fit
+
+    def spy(round, start=None, purpose="batches", budget=None, **row):
+        asked.setdefault(purpose, []).append(budget)
+        return fit(round, start, purpose, budget, **row)
+
+    member.fit = spy
+    for work in (FedAS(), FedAS(passes=1, rate=0.03)):
+        work.round(member, 2)
+    ours, paper = (budget.of(len(member.data)) for budget in asked["align"])
+    own = watched.setting.budget
+    assert (ours.steps, ours.lr) == (2, own.lr) and asked["batches"] == [None, None]
+    assert (paper.steps, paper.lr) == (round(len(member.data) / own.batch), 0.03)
