@@ -103,20 +103,25 @@ main-job: $(READY) ## the README's real result: four methods on four real nuclei
 # On real images these are partly test images of reported seeds (results/README.md); new studies leave out --search-on.
 LITE := --data phantom --size 48 --rounds 8 --steps 8 --batch 4 --threads 1 --seeds 0-7 --search-lr 1e-3,3e-3,1e-2,3e-2 \
         --option per_site=24 --option test=32 --eval-every 0
+NUCLEI := --data nuclei --threads 1 --seeds 0-5 --search-lr 2e-3,5e-3,1e-2,2e-2 --search-on other-seed \
+        --option per_site=250 --option val=60 --eval-every 0
+# A step on pooled data sees as many images as the steps of all sites together.
 evidence: $(READY) ## run again what results/ holds (about an hour on one core)
-	$(BIN)/fedlora compare local pooled fedavg fedit ffa rolora fedsa iat $(LITE) \
+	$(BIN)/fedlora compare local fedavg fedit ffa rolora fedsa iat $(LITE) \
 	  --option appearance=1 --option supervision=0 --out runs/phantom_appearance
+	$(BIN)/fedlora compare pooled $(LITE) --batch 16 --option appearance=1 --option supervision=0 --out runs/pooled_phantom
 	$(BIN)/fedlora compare local fedit fedsa iat $(LITE) \
 	  --option appearance=0 --option supervision=1 --out runs/phantom_supervision
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora compare local fedit fedsa iat inverse_fedsa iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 \
-	  pooled dual encoder_local decoder_local anti_iat --data nuclei --threads 1 --seeds 0-5 --search-lr 2e-3,5e-3,1e-2,2e-2 \
-	  --search-on other-seed --option per_site=250 --option val=60 --eval-every 0 --out runs/nuclei_domains
-	for name in phantom_appearance phantom_supervision nuclei_domains; do \
-	  cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	  dual encoder_local decoder_local anti_iat $(NUCLEI) --out runs/nuclei_domains
+	$(BIN)/fedlora compare pooled $(NUCLEI) --batch 32 --out runs/pooled_nuclei
+	cp runs/phantom_supervision/results.jsonl results/phantom_supervision.jsonl
+	cat runs/phantom_appearance/results.jsonl runs/pooled_phantom/results.jsonl > results/phantom_appearance.jsonl
+	cat runs/nuclei_domains/results.jsonl runs/pooled_nuclei/results.jsonl > results/nuclei_domains.jsonl
 
 # The 2x2 of shifts: who should share what; then its cell "both" at equal bytes and from other bases.
-SHARING := local pooled fedit fedsa inverse_fedsa iat_own_head anti_own_head iat iat_sor anti_iat encoder_local decoder_local dual
+SHARING := local fedit fedsa inverse_fedsa iat_own_head anti_own_head iat iat_sor anti_iat encoder_local decoder_local dual
 CELL = $(LITE) --option n_unseen=3 --option appearance=$(1) --option supervision=$(2)
 BOTH := $(call CELL,1,1)
 evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about three hours on one core)
@@ -124,8 +129,12 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,1,0) --out runs/factorial_appearance
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,0,1) --out runs/factorial_supervision
 	$(BIN)/fedlora compare $(SHARING) $(BOTH) --out runs/factorial_both
-	for cell in none appearance supervision both; do \
-	  cp runs/factorial_$$cell/results.jsonl results/factorial_$$cell.jsonl; done
+	$(BIN)/fedlora compare pooled $(call CELL,0,0) --batch 16 --out runs/pooled_none
+	$(BIN)/fedlora compare pooled $(call CELL,1,0) --batch 16 --out runs/pooled_appearance
+	$(BIN)/fedlora compare pooled $(call CELL,0,1) --batch 16 --out runs/pooled_supervision
+	$(BIN)/fedlora compare pooled $(BOTH) --batch 16 --out runs/pooled_both
+	for cell in none appearance supervision both; do cat runs/factorial_$$cell/results.jsonl \
+	  runs/pooled_$$cell/results.jsonl > results/factorial_$$cell.jsonl; done
 	$(BIN)/fedlora compare fedit dual $(subst --rounds 8,--rounds 5,$(BOTH)) --out runs/bytes_5
 	$(BIN)/fedlora compare iat iat_own_head $(BOTH) --out runs/bytes_8
 	$(BIN)/fedlora compare fedsa $(subst --rounds 8,--rounds 9,$(BOTH)) --out runs/bytes_9
@@ -162,12 +171,15 @@ evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised me
 	  personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 ALL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 encoder_local decoder_local \
-       dual pooled
-# Each split searches on its own validation images, so that no test image takes part; the polyps are an older run.
-GLIOMAS := --data lgg --size 64 --steps 8 --batch 4 --threads 1 --seeds 0-5 --search-lr 3e-3,1e-2 --eval-every 0
+       dual
+# Each split searches on its own validation images, so that no test image takes part.
+REAL := --threads 1 --search-lr 3e-3,1e-2 --eval-every 0
+GLIOMAS := --data lgg --size 64 --steps 8 --batch 4 --seeds 0-5 $(REAL)
+POLYPS := --data polypgen --model efficientnet --base imagenet --size 64 --steps 12 --batch 4 --seeds 0-3 $(REAL)
 evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas, polyps (about four hours on one core)
 	$(BIN)/fedlora data prepare lgg --size 64  # Kaggle asks for a login: see data_scripts/lgg.py
 	$(BIN)/fedlora compare $(ALL) $(GLIOMAS) --rounds 8 --out runs/hospitals_lgg
+	$(BIN)/fedlora compare pooled $(GLIOMAS) --rounds 8 --batch 16 --out runs/pooled_lgg
 	$(BIN)/fedlora compare local fedit $(GLIOMAS) --rounds 8 --rank 8 --out runs/hospitals_lgg_rank8
 	$(BIN)/fedlora compare fedit dual $(GLIOMAS) --rounds 5 --out runs/lgg_5
 	$(BIN)/fedlora compare fedsa $(GLIOMAS) --rounds 9 --out runs/lgg_9
@@ -176,10 +188,21 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas
 	cd runs && (grep -hE '"method": "iat(_own_head)?",' hospitals_lgg/results.jsonl; \
 	  cat lgg_5/results.jsonl lgg_9/results.jsonl lgg_13/results.jsonl lgg_16/results.jsonl) > ../results/hospitals_lgg_bytes.jsonl
 	$(BIN)/fedlora data fetch polypgen
-	$(BIN)/fedlora compare $(ALL) --data polypgen --model efficientnet --base imagenet --size 64 --rounds 8 --steps 12 \
-	  --batch 4 --threads 1 --seeds 0-3 --search-lr 3e-3,1e-2 --search-on other-seed --eval-every 0 \
-	  --out runs/hospitals_polypgen
-	for name in hospitals_lgg hospitals_lgg_rank8 hospitals_polypgen; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	$(BIN)/fedlora compare $(ALL) $(POLYPS) --rounds 8 --out runs/hospitals_polypgen
+	$(BIN)/fedlora compare pooled $(POLYPS) --rounds 8 --batch 20 --out runs/pooled_polypgen
+	$(BIN)/fedlora compare local fedit $(POLYPS) --rounds 8 --rank 8 --out runs/hospitals_polypgen_rank8
+	$(BIN)/fedlora compare fedit dual $(POLYPS) --rounds 5 --out runs/polyps_5
+	$(BIN)/fedlora compare inverse_fedsa $(POLYPS) --rounds 10 --out runs/polyps_10
+	$(BIN)/fedlora compare fedsa $(POLYPS) --rounds 13 --out runs/polyps_13
+	$(BIN)/fedlora compare anti_own_head $(POLYPS) --rounds 17 --out runs/polyps_17
+	cd runs && (grep -hE '"method": "iat(_own_head)?",' hospitals_polypgen/results.jsonl; cat polyps_5/results.jsonl \
+	  polyps_10/results.jsonl polyps_13/results.jsonl polyps_17/results.jsonl) > ../results/hospitals_polypgen_bytes.jsonl
+	$(BIN)/fedlora compare local fedit fedsa inverse_fedsa iat_own_head anti_own_head --rounds 8 --model minisam --base auto \
+	  $(subst --model efficientnet --base imagenet,,$(POLYPS)) --out runs/hospitals_polypgen_minisam
+	for name in hospitals_lgg_rank8 hospitals_polypgen_rank8 hospitals_polypgen_minisam; do \
+	  cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	for name in lgg polypgen; do cat runs/hospitals_$$name/results.jsonl runs/pooled_$$name/results.jsonl \
+	  > results/hospitals_$$name.jsonl; done
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl
 

@@ -115,7 +115,6 @@ def _with_references(name: str, where: str, told: dict[str, Any]) -> dict[str, P
     }
 
 
-FILTERS_OF_TWO = (*filtered("fedit", FILTERED[1:]), *filtered("la_lora", FILTERED[1:]))
 NOISY = (*PLAIN, "la_lora:first=A", *filtered("fedit", FILTERED[1:2]), *filtered("la_lora", FILTERED[1:2]))
 NO_BUDGET = {"epsilon": None, "sigma": 200.0}
 OPEN = {"epsilon": None, "execution": "grouped"}

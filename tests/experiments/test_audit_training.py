@@ -1,4 +1,4 @@
-"""Audits of what `fedlora run` executes: clients' private training, alone and in one pass, and a round that protects them.
+"""Audits of what `fedlora run` executes: private training, one by one and together, and rounds that protect clients.
 
 Every client is a game: it has a loud canary, or an empty image in its place, and the attacker reads what it sends.
 """

@@ -12,6 +12,7 @@ from fedlora_mini.experiments.fewshot import report as few
 from fedlora_mini.experiments.report import arms, difference_table, markdown, read_results, summary, table_of
 from fedlora_mini.experiments.run import run
 from fedlora_mini.experiments.unadapted import EVENT, SETS
+from fedlora_mini.federation import METHODS
 
 RESULTS = Path(__file__).parents[2] / "results"
 # files whose lines are not runs of `fedlora compare`
@@ -39,9 +40,18 @@ def test_every_stored_run_says_what_made_it_and_arms_are_paired(path):
         assert not r["refused"]
     shapes = {table_of(results, name, "personal").shape for name in arms(results)}
     assert len(shapes) == 1, "every method has the same seeds and sites"
-    keys = ("rounds", "steps", "batch", "rank", "data", "size")
+    keys = ("rounds", "steps", "rank", "data", "size")
     matched = [{r["config"][key] for r in results} for key in keys[path.stem.endswith("bytes") :]]  # not the rounds
-    assert all(len(values) == 1 for values in matched)
+    matched.append({r["config"]["batch"] // (len(r["sites"]) - unseen(r) if pooled(r) else 1) for r in results})
+    assert all(len(values) == 1 for values in matched), "a step of pooled data sees what all sites' steps see together"
+
+
+def pooled(r):
+    return METHODS[r["config"]["method"]].pooled
+
+
+def unseen(r):
+    return len(r["scores"].get("new site", ()))
 
 
 @pytest.mark.slow

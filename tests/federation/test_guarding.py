@@ -142,7 +142,7 @@ def test_noise_differs_between_clients_rounds_and_steps(tiny):
 
 
 def test_noise_serves_once(tiny):
-    """Of two releases with the same noise the difference is bare: refused, and not written down as if it had happened."""
+    """Of two releases with the same noise the difference is bare: refused, and not written down."""
     engine, _ = federation("fedit", tiny)
     member = engine.members[0]
     member.fit(1)
