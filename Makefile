@@ -143,6 +143,8 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 	cd runs && cat bytes_5/results.jsonl bytes_8/results.jsonl bytes_9/results.jsonl bytes_13/results.jsonl \
 	  bytes_16/results.jsonl > ../results/factorial_bytes.jsonl
 	$(BIN)/fedlora compare local fedit $(BOTH) --rank 8 --out runs/rank8 && cp runs/rank8/results.jsonl results/factorial_rank8.jsonl
+	$(BIN)/fedlora compare local $(BOTH) --rank 8 --search-lr 1e-2 --out runs/rank8_rate
+	cp runs/rank8_rate/results.jsonl results/factorial_rank8_rate.jsonl
 	for seed in 1 2; do $(BIN)/fedlora pretrain --seed $$seed --out runs/base$$seed.safetensors; \
 	  $(BIN)/fedlora compare local fedit fedsa inverse_fedsa iat_own_head anti_own_head $(BOTH) \
 	    --base runs/base$$seed.safetensors --out runs/base_$$seed; done
@@ -153,7 +155,7 @@ SOR_REST := fedsa_sor inverse_fedsa_sor anti_sor
 RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
 BRANCHES := dual dual_sor dual_alike dual_alike_sor dual_alike_sor:lam=1
 PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop
-MORE := fedbn fedproto fedalt fdlora moon
+MORE := fedbn fedproto fedalt fdlora moon fdlora:momentum=0 fdlora:lr=0.5
 OTHERS := fedprox fedas lcfed client_tailored hydra pfedlora pfedsam fedmsa
 evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised methods on phantoms (about five hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
