@@ -4,7 +4,7 @@ from typing import Any
 
 from fedlora_mini.experiments.claims.claim import Claim
 from fedlora_mini.experiments.claims.privacy import BUDGET, LOW, PERMUTED, RESCALED, SITES, private
-from fedlora_mini.experiments.private import AS
+from fedlora_mini.experiments.private import AS, CELLS
 
 OVER_HALF = "LA-LoRA also beats DP-LoRA with K/2 steps."
 HALF: dict[str, Any] = {
@@ -53,6 +53,16 @@ ELSEWHERE: dict[str, Claim] = {
     "la-over-rolora-mnist": private(
         "On MNIST LA-LoRA beats RoLoRA, both without a filter.", "la_lora", "rolora", "mnist"
     ),
+    **{
+        f"la-over-rolora-mnist_{cell}": private(
+            f"On MNIST at epsilon {told['epsilon']:g} and Dirichlet {told['dirichlet']:g} LA-LoRA beats RoLoRA, both "
+            "without a filter.",
+            "la_lora",
+            "rolora",
+            f"mnist_{cell}",
+        )
+        for cell, told in CELLS.items()
+    },
     "la-over-dplora-mnist": private("On MNIST LA-LoRA beats DP-LoRA.", "la_lora", "fedit", "mnist"),
     "la-over-dplora-half-mnist": private(
         f"On MNIST {OVER_HALF}",
