@@ -188,8 +188,14 @@ class PrivateStudy:
             out[name] = study.run()
             self.searched += study.searched
             write(self.folder / f"private_{name}.jsonl", out[name])
-            write(self.folder / "private_rates.jsonl", self.searched)
+            write(self.folder / "private_rates.jsonl", [search_record(r) for r in self.searched])
         return out
+
+
+def search_record(result: Result) -> Result:
+    """What chose a rate and what made it; scores on test images have no part in a search."""
+    kept = ("event", "config", "versions", "machine", "val_accuracy", "val_dice", "privacy", "seconds", "final_sha256")
+    return {name: result[name] for name in kept if name in result}
 
 
 def write(path: Path, results: Sequence[Result]) -> None:

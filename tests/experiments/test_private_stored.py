@@ -55,19 +55,21 @@ def test_every_arm_of_every_part_is_stored(stored):
     assert all(set(arms(results)) == set(PARTS[part].arms) for part, results in stored.items())
 
 
-def test_every_cell_of_the_digits_has_every_schedule_without_and_with_every_filter(stored):
+@pytest.mark.parametrize("data", ["digits", "mnist"])
+def test_every_cell_has_every_schedule_without_and_with_every_filter(stored, data):
     """card 5.8: schedules times filters, at each epsilon and each share of labels, with their references."""
     found: dict[tuple[float, float | None], set[tuple[str, int]]] = {}
     for r in (r for results in stored.values() for r in results):
         own = r["config"]
-        if own["data"] == "digits" and own["rounds"] == 10:
+        if own["data"] == data and own["rounds"] == 10:
             found.setdefault((own["dirichlet"], own["epsilon"]), set()).add((arm_of(own), own["steps"]))
     for alpha, budget in CELLS:
         own = found[alpha, budget]
         for name in ("fedit", "ffa", "rolora", "la_lora", "la_lora:first=A", AS):
             assert {(arm, STEPS) for arm in filtered(name)} <= own, (alpha, budget, name)
         assert {(arm, STEPS // 2) for arm in filtered("fedit")} | {("fedit:filter=doppler", STEPS)} <= own
-        assert {(name, STEPS) for name in ("fedit", "ffa", "rolora", "la_lora")} <= found[alpha, None]
+        if data == "digits" or alpha == 0.1:
+            assert {(name, STEPS) for name in ("fedit", "ffa", "rolora", "la_lora")} <= found[alpha, None]
 
 
 @pytest.mark.parametrize("part", FILES)
