@@ -178,27 +178,22 @@ ALL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head iat_sor:fo
 REAL := --threads 1 --search-lr 3e-3,1e-2 --eval-every 0
 GLIOMAS := --data lgg --size 64 --steps 8 --batch 4 --seeds 0-5 $(REAL)
 POLYPS := --data polypgen --model efficientnet --base imagenet --size 64 --steps 12 --batch 4 --seeds 0-3 $(REAL)
+# $(1) a set, $(2) its settings, $(3) arm:rounds, for which the arm sends what IAT sends in eight
+EQUAL_BYTES = for pair in $(3); do $(BIN)/fedlora compare $$(echo $$pair | cut -d: -f1) $(2) \
+	  --rounds $$(echo $$pair | cut -d: -f2) --out runs/$(1)_$$pair || exit 1; done; \
+	  (grep -hE '"method": "iat(_own_head)?",' runs/hospitals_$(1)/results.jsonl; \
+	  for pair in $(3); do cat runs/$(1)_$$pair/results.jsonl; done) > results/hospitals_$(1)_bytes.jsonl
 evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas, polyps (about four hours on one core)
 	$(BIN)/fedlora data prepare lgg --size 64  # Kaggle asks for a login: see data_scripts/lgg.py
 	$(BIN)/fedlora compare $(ALL) $(GLIOMAS) --rounds 8 --out runs/hospitals_lgg
 	$(BIN)/fedlora compare pooled $(GLIOMAS) --rounds 8 --batch 16 --out runs/pooled_lgg
 	$(BIN)/fedlora compare local fedit $(GLIOMAS) --rounds 8 --rank 8 --out runs/hospitals_lgg_rank8
-	$(BIN)/fedlora compare fedit dual $(GLIOMAS) --rounds 5 --out runs/lgg_5
-	$(BIN)/fedlora compare fedsa $(GLIOMAS) --rounds 9 --out runs/lgg_9
-	$(BIN)/fedlora compare inverse_fedsa $(GLIOMAS) --rounds 13 --out runs/lgg_13
-	$(BIN)/fedlora compare anti_own_head $(GLIOMAS) --rounds 16 --out runs/lgg_16
-	cd runs && (grep -hE '"method": "iat(_own_head)?",' hospitals_lgg/results.jsonl; \
-	  cat lgg_5/results.jsonl lgg_9/results.jsonl lgg_13/results.jsonl lgg_16/results.jsonl) > ../results/hospitals_lgg_bytes.jsonl
+	$(call EQUAL_BYTES,lgg,$(GLIOMAS),fedit:5 dual:5 fedsa:9 inverse_fedsa:13 anti_own_head:16)
 	$(BIN)/fedlora data fetch polypgen
 	$(BIN)/fedlora compare $(ALL) $(POLYPS) --rounds 8 --out runs/hospitals_polypgen
 	$(BIN)/fedlora compare pooled $(POLYPS) --rounds 8 --batch 20 --out runs/pooled_polypgen
 	$(BIN)/fedlora compare local fedit $(POLYPS) --rounds 8 --rank 8 --out runs/hospitals_polypgen_rank8
-	$(BIN)/fedlora compare fedit dual $(POLYPS) --rounds 5 --out runs/polyps_5
-	$(BIN)/fedlora compare inverse_fedsa $(POLYPS) --rounds 10 --out runs/polyps_10
-	$(BIN)/fedlora compare fedsa $(POLYPS) --rounds 13 --out runs/polyps_13
-	$(BIN)/fedlora compare anti_own_head $(POLYPS) --rounds 17 --out runs/polyps_17
-	cd runs && (grep -hE '"method": "iat(_own_head)?",' hospitals_polypgen/results.jsonl; cat polyps_5/results.jsonl \
-	  polyps_10/results.jsonl polyps_13/results.jsonl polyps_17/results.jsonl) > ../results/hospitals_polypgen_bytes.jsonl
+	$(call EQUAL_BYTES,polypgen,$(POLYPS),fedit:5 dual:5 inverse_fedsa:10 fedsa:13 anti_own_head:17)
 	$(BIN)/fedlora compare local fedit fedsa inverse_fedsa iat_own_head anti_own_head --rounds 8 --model minisam --base auto \
 	  $(subst --model efficientnet --base imagenet,,$(POLYPS)) --out runs/hospitals_polypgen_minisam
 	for name in hospitals_lgg_rank8 hospitals_polypgen_rank8 hospitals_polypgen_minisam; do \

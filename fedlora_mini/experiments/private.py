@@ -183,7 +183,8 @@ class PrivateStudy:
             rates = part.rates if self.rates is None or not part.rates else self.rates
             settings = COMMON | part.settings | self.changes
             seeds = [seed + len(self.seeds) * i for i in range(part.times) for seed in self.seeds]
-            others = SEARCH_SEEDS if search_seeds(RunConfig(**settings)) else ()  # if no test images
+            # other seeds' validation images, where none is a test image of a reported seed; else each seed's own
+            others = SEARCH_SEEDS if search_seeds(RunConfig(**settings)) else ()
             study = Comparison(part.arms, seeds, settings, self.folder / name, rates, self.on_run, others, WIDEN)
             out[name] = study.run()
             self.searched += study.searched
