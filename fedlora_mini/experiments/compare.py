@@ -95,7 +95,7 @@ class Comparison:
     def _search(self, config: RunConfig, seeds: Sequence[int]) -> Found:
         """The rate with the best personal validation score on these seeds; ties go to the smaller one.
 
-        Leakage is not looked at.
+        Neither leakage nor a test image is looked at.
         """
         blind = config.but(leakage=False)
         tried = {rate: self._tried(blind.but(lr=rate), seeds) for rate in sorted(self.rates)}
@@ -110,13 +110,13 @@ class Comparison:
 
     def _tried(self, config: RunConfig, seeds: Sequence[int]) -> float:
         """Its mean validation score over these seeds."""
-        records = [self._one(config.but(seed=seed)) for seed in seeds]
+        records = [self._one(config.but(seed=seed), test=False) for seed in seeds]
         self.searched += records
         return sum(map(validation, records)) / len(records)
 
-    def _one(self, config: RunConfig) -> dict[str, Any]:
+    def _one(self, config: RunConfig, test: bool = True) -> dict[str, Any]:
         folder = self.folder / f"{config.method}-seed{config.seed}-{config.key()}"
-        return run(config, folder, self.on_run(config), lambda: self._dataset(config))
+        return run(config, folder, self.on_run(config), lambda: self._dataset(config), test)
 
     def _dataset(self, config: RunConfig) -> Dataset:
         """The arms of one seed share their data."""

@@ -1,10 +1,12 @@
 """Leakage of a run: M1 to M6 of every round, each beside its level (methods.md card 3).
 
 M1 to M4 ask for layers that share one factor and keep the other. Where all or nothing of a pair travels there is M1b,
-the spread of what the sites send, and where a layer has two whole branches M2 of these. Levels, as `<metric>_chance`:
-M1 with other sites' private factors, M1b from the halves of every site's images, M2 1 / (m n), M3 with permuted private
-changes, M4 r / m or r / n, M5 with shuffled names of sites, M6 zero. M1 to M4 are read off the round's updates, M5 and
-M6 off what the server made of them; M5 (a) needs the updates of all rounds so far, at least four.
+the spread of what the sites send, and where a layer has two whole branches M2 of these. Experts (k, m, r), which a
+router mixes anew for every image, make no B A: their layers have no M1 to M4. What a client did not send has not moved
+(`arrived`). Levels, as `<metric>_chance`: M1 with other sites' private factors, M1b from the halves of every site's
+images, M2 1 / (m n), M3 with permuted private changes, M4 r / m or r / n, M5 with shuffled names of sites, M6 zero. M1
+to M4 are read off the round's updates, M5 and M6 off what the server made of them; M5 (a) needs the updates of all
+rounds so far, at least four.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,7 @@ from fedlora_mini.adapters.features import embed
 from fedlora_mini.data.base import Split
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.federation import Method, Request, Server, Update
-from fedlora_mini.federation.exchange import is_model
+from fedlora_mini.federation.exchange import is_model, received
 from fedlora_mini.federation.loop import told
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.sampling import generator
@@ -52,6 +54,11 @@ def split_pairs(method: Method, keys: Mapping[str, Key]) -> dict[str, str]:
         if key.factor in ("A", "B"):
             own.setdefault(key.path, {})[key.factor] = method.shared(key)
     return {path: "A" if pair["A"] else "B" for path, pair in own.items() if len(pair) == 2 and pair["A"] != pair["B"]}
+
+
+def matrices(state: State, *names: str) -> bool:
+    """Whether all of these factors are plain matrices, with one product B A for every image."""
+    return all(state[name].dim() == 2 for name in names)
 
 
 @dataclass
@@ -92,7 +99,7 @@ class Watch:
 
         def sends(half: int) -> State:
             data = Split(member.data.images[half::2], member.data.masks[half::2])
-            return S.pick(Member(client, data, dict(known), setting).answer(request).state, is_model)
+            return Member(client, data, dict(known), setting).answer(request).state
 
         return sends
 
@@ -105,9 +112,10 @@ class Watch:
             return {}
         self.sent.append(shared)
         out = {"site_spread": site_spread(shared, weights)} | self._spread_level(updates, weights)
-        ends = [s | S.pick(u.state, is_model) | self._own(u.client) for u, s in zip(updates, starts, strict=True)]
+        ends = [arrived(u.state, s) | self._own(u.client) for u, s in zip(updates, starts, strict=True)]
         out |= branches(ends)
-        pairs = split_pairs(self.engine.method, self.engine.keys)
+        split = split_pairs(self.engine.method, self.engine.keys)
+        pairs = {path: factor for path, factor in split.items() if matrices(ends[0], f"{path}.A", f"{path}.B")}
         if not pairs:
             return out
         rng = generator("leakage", self.engine.setting.seed, round)
@@ -245,7 +253,8 @@ def geometry(
 
 def branches(ends: Sequence[State]) -> dict[str, float]:
     """M2 of layers with a branch B A that travels and B_own A_own that stays, mean over layers and sites."""
-    paths = [name.removesuffix(".B_own") for name in ends[0] if name.endswith(".B_own")]
+    own = [name.removesuffix(".B_own") for name in ends[0] if name.endswith(".B_own")]
+    paths = [p for p in own if matrices(ends[0], *(f"{p}.{factor}" for factor in ("A", "B", "A_own", "B_own")))]
     if not paths:
         return {}
     pairs = [[(end[f"{p}.B{o}"], end[f"{p}.A{o}"]) for o in ("", "_own")] for end in ends for p in paths]
@@ -253,10 +262,18 @@ def branches(ends: Sequence[State]) -> dict[str, float]:
     return {"leak_cos2": _mean([leak_cos2(*pair) for pair in pairs]), "leak_cos2_chance": level}
 
 
+def arrived(sent: State, start: State) -> State:
+    """`received` at the server's rank: directions beyond the client's stand at their start, as do entries it keeps."""
+    out = S.clone(start)
+    for name, value in received(sent, start).items():
+        out[name][tuple(map(slice, value.shape))] = value
+    return out
+
+
 def _moved(sent: State, start: State) -> State:
-    """The change of every tensor of the model that was sent."""
-    tensors = S.pick(sent, is_model)
-    return S.sub(tensors, S.pick(start, tensors.__contains__))
+    """M (θ - θ_0), the change of every tensor of the model that was sent."""
+    start = S.pick(start, sent.__contains__)
+    return S.sub(arrived(sent, start), start)
 
 
 def _probed(name: str, marks: Tensor, rng: torch.Generator, centre: bool = True) -> dict[str, float]:

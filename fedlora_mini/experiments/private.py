@@ -45,6 +45,7 @@ WIDEN = 2  # further rates, one after another, for an arm whose best is the last
 SEARCH_SEEDS = (SEARCH_SEED, SEARCH_SEED + 1)  # of one alone the noise often chose the rate
 FILTERED = ("none", "low-pass", "permuted", "rescaled")
 AS = "as_lora:warmup=2"
+COIN = "as_lora:choice=coin,warmup=2"  # AS-LoRA without its score
 FIXED = ("fedit", "ffa", "rolora", "la_lora")
 PLAIN = (*FIXED, AS)
 
@@ -79,7 +80,7 @@ MAIN = (
     "la_lora_pre",
     AS,
 )
-REST = tuple(arm for name in ("la_lora:first=A", AS) for arm in filtered(name, FILTERED[1:]))
+REST = (*(arm for name in ("la_lora:first=A", AS) for arm in filtered(name, FILTERED[1:])), COIN)
 CELLS: dict[str, dict[str, float]] = {  # beside the one of `main`: Dirichlet 0.1, epsilon 3
     f"{dealt}{'_' * bool(dealt and budget)}{budget}": {"dirichlet": alpha, "epsilon": epsilon}
     for dealt, alpha in (("", 0.1), ("d03", 0.3), ("d05", 0.5))
@@ -93,7 +94,7 @@ def _by_arm(name: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
     return {
         name: Part(f"{where}: the arms of main", MAIN, told),
         f"{name}_half": Part(f"{where}: K/2 steps", tuple(filtered("fedit")), {**told, "steps": STEPS // 2}),
-        f"{name}_rest": Part(f"{where}: the filters on A first and AS-LoRA", REST, told),
+        f"{name}_rest": Part(f"{where}: the filters on A first and AS-LoRA, and its coin", REST, told),
     }
 
 
@@ -103,6 +104,29 @@ def _in_cells(prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
     for cell, own in CELLS.items():
         here = f"{where}Dirichlet {own['dirichlet']:g}, epsilon {own['epsilon']:g}"
         parts |= _by_arm(prefix + cell, here, told | own)
+    return parts
+
+
+def _references_at(prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
+    """What `open` and `untrained` are at the other mixtures of labels; a reference has no epsilon."""
+    parts: dict[str, Part] = {}
+    for dealt, alpha in (("d03", 0.3), ("d05", 0.5)):
+        here, own = f"{where}Dirichlet {alpha:g}", told | {"dirichlet": alpha}
+        parts[f"{prefix}open_{dealt}"] = Part(f"{here}: the arms without privacy", FIXED, own | OPEN)
+        parts[f"{prefix}untrained_{dealt}"] = Part(
+            f"{here}: the base under a new head", ("fedit",), own | UNTRAINED, ()
+        )
+    return parts
+
+
+def _schedules(prefix: str, where: str, told: dict[str, Any], arms: Sequence[str]) -> dict[str, Part]:
+    """These arms at the other epsilons, and K/2: where all arms in all cells would cost hours."""
+    parts: dict[str, Part] = {}
+    for cell in ("e1", "e8"):
+        own = told | {"epsilon": CELLS[cell]["epsilon"]}
+        here = f"{where}, epsilon {own['epsilon']:g}"
+        parts[prefix + cell] = Part(f"{here}: each schedule", tuple(arms), own)
+        parts[f"{prefix}{cell}_half"] = Part(f"{here}: K/2 steps", ("fedit",), {**own, "steps": STEPS // 2})
     return parts
 
 
@@ -140,19 +164,14 @@ PARTS: dict[str, Part] = {
     "noise": Part("noise alone: its energy in BA", NOISY, {**NO_BUDGET, "lr": 0.01}, (), 4),
     "noise_half": Part("the same with K/2 steps", ("fedit",), {**NO_BUDGET, "lr": 0.01, "steps": STEPS // 2}, (), 4),
     **_in_cells("", "", {}),
-    **{
-        f"{kind}_{dealt}": Part(f"Dirichlet {alpha:g}: {text}", arms, {**settings, "dirichlet": alpha}, rates)
-        for dealt, alpha in (("d03", 0.3), ("d05", 0.5))
-        for kind, text, arms, settings, rates in (
-            ("open", "the arms without privacy", FIXED, OPEN, RATES),
-            ("untrained", "the base under a new head", ("fedit",), UNTRAINED, ()),
-        )
-    },
+    **_references_at("", "", {}),
+    **_references_at("mnist_", "MNIST, ", MNIST),
     **_with_references("mnist", "MNIST", MNIST),
     **_in_cells("mnist_", "MNIST, ", MNIST),
     "mnist_long": Part("MNIST, twice the rounds and the expected batch", PLAIN, MNIST | LONG),
     "mnist_long_open": Part("the same without privacy", ("fedit", "la_lora"), MNIST | LONG | OPEN),
     **_with_references("phantom", "masks, the phantom at eight sites", PHANTOM),
+    **_schedules("phantom_", "masks, the phantom", PHANTOM, (*PLAIN, *filtered("la_lora", FILTERED[1:2]))),
     **_with_references("nuclei", "masks, nuclei of four domains dealt to eight clients", NUCLEI),
 }
 

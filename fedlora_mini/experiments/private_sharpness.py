@@ -31,7 +31,8 @@ from fedlora_mini.metrics import balanced, couplings, lambda_max
 from fedlora_mini.privacy import Seeded
 from fedlora_mini.state import State, clone, pick
 
-LOOKED = ("la_lora", "fedit", "fedit@half", "ffa", "rolora", "la_lora:filter=low-pass", "la_lora:first=A", AS)
+SCHEDULES = ("la_lora", "fedit", "fedit@half", "ffa", "rolora", "la_lora:first=A", AS)
+LOOKED = (*SCHEDULES, "la_lora:filter=low-pass", "la_lora:filter=rescaled")
 IMAGES = 256  # of all clients' training images, evenly spaced, for the curvature
 
 

@@ -32,18 +32,21 @@ def run(
     folder: Path,
     progress: Progress = lambda record: None,
     data: Callable[[], Dataset] | None = None,
+    test: bool = True,
 ) -> dict[str, Any]:
     """Run to the end, from the folder's checkpoint if it holds one, and return the result record.
 
     The folder gets `log.jsonl` (config, one line a round, result), `checkpoint.safetensors` after every round,
-    `final.safetensors` and `result.json`. A finished folder is returned as it is.
+    `final.safetensors` and `result.json`. A finished folder is returned as it is. Without `test` no test image is
+    looked at, which is all that a search needs; the same folder with `test` then adds these scores.
     """
     folder.mkdir(parents=True, exist_ok=True)
     finished = folder / "result.json"
-    if finished.exists():
-        return json.loads(finished.read_text(encoding="utf-8"))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if finished.exists():
+        result = json.loads(finished.read_text(encoding="utf-8"))
+        return result if _tested(result) or not test else _test(folder, result, data)
     started = perf_counter()
     federation = Federation.build(config, data() if data else None)
     server, engine = federation.server, federation.engine
@@ -63,13 +66,35 @@ def run(
         save_checkpoint(checkpoint, server, engine, records)
         write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
         progress(record)
-    result = _result(federation, records, perf_counter() - started)
+    tested = federation.evaluate("test") if test else {}
+    result = _result(federation, records, tested, perf_counter() - started)
     final = {f"{owner}/{name}": value for owner, s in federation.states().items() for name, value in s.items()}
     tensors = {name: value.cpu().clone().contiguous() for name, value in final.items()}  # no two share memory
     save_file(tensors, folder / "final.safetensors")
-    write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in [*records, result]))
-    write_atomically(finished, json.dumps(result, indent=1))
+    _close(folder, records, result)
     checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _close(folder: Path, records: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """The result as the log's last line, and by itself, which makes the folder a finished one."""
+    write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in [*records, result]))
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+
+
+def _tested(result: dict[str, Any]) -> bool:
+    return "personal" in result["scores"]
+
+
+def _test(folder: Path, result: dict[str, Any], data: Callable[[], Dataset] | None) -> dict[str, Any]:
+    """A finished run that had not met its test images meets them."""
+    started = perf_counter()
+    federation = Federation.finished(folder, data() if data else None)
+    result["scores"] = federation.evaluate("test") | result["scores"]
+    if result["seconds"] is not None:
+        result["seconds"] += perf_counter() - started
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[:-1]]
+    _close(folder, records, result)
     return result
 
 
@@ -102,14 +127,16 @@ def _model(federation: Federation, rounds: list[dict[str, Any]]) -> dict[str, An
     return {"server": {"model": told}}
 
 
-def _result(federation: Federation, records: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _result(
+    federation: Federation, records: list[dict[str, Any]], tested: dict[str, Any], seconds: float
+) -> dict[str, Any]:
     """The line that stands in `results/`: provenance, costs per round, scores on test data."""
     rounds = [record for record in records if record["event"] == "round"]
     took = [r["seconds"] for r in rounds]  # None where it would tell who was drawn
     return {
         "event": "result",
         **{key: value for key, value in records[0].items() if key != "event"},
-        "scores": federation.evaluate("test") | federation.look() | _model(federation, rounds),
+        "scores": tested | federation.look() | _model(federation, rounds),
         **federation.validate(),
         "private_in_common_model": "weighted mean",
         "trained": federation.trained,

@@ -1,7 +1,8 @@
 """What a base gives at real sites before anything is trained: Dice at the start of a run, whose head is new.
 
 Beside it "everything": the Dice of calling every pixel the first foreground class, which needs no network. A line a set
-and seed: `python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl`.
+and seed: `python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl`. Names behind the path make the records
+of these sets alone and leave the others as they are stored.
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fedlora_mini.errors import unknown
 from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
@@ -18,9 +20,10 @@ from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.metrics.segmentation import score
 
 SETS: dict[str, tuple[dict[str, Any], range]] = {  # settings and seeds as in results/hospitals_*.jsonl, nuclei_domains
-    "lgg": ({"size": 64}, range(6)),
-    "polypgen": ({"size": 64, "model": "efficientnet", "base": "imagenet"}, range(4)),
-    "nuclei": ({"size": 64, "data_options": {"per_site": 250, "val": 60}}, range(6)),
+    "lgg": ({"data": "lgg", "size": 64}, range(6)),
+    "polypgen": ({"data": "polypgen", "size": 64, "model": "efficientnet", "base": "imagenet"}, range(4)),
+    "polypgen_minisam": ({"data": "polypgen", "size": 64}, range(4)),
+    "nuclei": ({"data": "nuclei", "size": 64, "data_options": {"per_site": 250, "val": 60}}, range(6)),
 }
 EVENT = "unadapted"  # of a line: no run, and `report.read_results` leaves it alone
 
@@ -43,16 +46,33 @@ def measure(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def main(path: Path) -> None:
-    """Make the stored records again."""
+def config_of(name: str, seed: int) -> RunConfig:
+    """The run whose start is measured."""
+    return RunConfig(method="local", threads=1, device="cpu", seed=seed, **SETS[name][0])
+
+
+def key_of(config: dict[str, Any]) -> tuple[str, str, int]:
+    """What tells one record from another: data, network, seed."""
+    return config["data"], config["model"], config["seed"]
+
+
+def main(path: Path, *names: str) -> None:
+    """Make the records of these sets again (of all if none is named), in the order of SETS; others stay as stored."""
+    for name in names:
+        if name not in SETS:
+            raise unknown("set", name, SETS)
     torch.set_num_threads(1)
-    records = [
-        measure(RunConfig("local", name, threads=1, device="cpu", seed=seed, **settings))
-        for name, (settings, seeds) in SETS.items()
-        for seed in seeds
-    ]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    stored, lines = {}, []
+    if names and path.is_file():
+        stored = {key_of(json.loads(line)["config"]): line for line in path.read_text(encoding="utf-8").splitlines()}
+    for name, (_, seeds) in SETS.items():
+        for config in (config_of(name, seed) for seed in seeds):
+            if not names or name in names:
+                lines.append(json.dumps(measure(config)))
+            elif key_of(config.asdict()) in stored:
+                lines.append(stored[key_of(config.asdict())])
+    write_atomically(path, "".join(line + "\n" for line in lines))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
+import torch
 from torch import Tensor
 
 from fedlora_mini.state import State, finite
@@ -72,7 +73,8 @@ Rule = Callable[[State, Iterable[Update]], State]
 It may carry attributes: `label`, its words in the method table; `unequal`, whether clients may have other ranks;
 `empty`, whether it has an answer for a round in which nobody was asked; `silent`, whether its answer is all that may be
 told of the updates, and `clients`, if so, how many it expects; `fresh`, whether factors start anew in every
-round; `folds`, whether it changes frozen weights; `offer(news, state, client)`, what one client is told instead.
+round, by its `seed`; `folds`, whether it changes frozen weights; `offer(news, state, client)`, what one client is told
+instead.
 """
 
 
@@ -105,6 +107,16 @@ def _lower_rank(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> b
     if axis is None or len(shape) != len(wanted) or not 1 <= shape[axis] <= wanted[axis]:
         return False
     return shape[1 - axis] == wanted[1 - axis]
+
+
+def received(sent: Mapping[str, Tensor], start: State) -> State:
+    """M θ + (1 - M) θ_0: the tensors of `start` with what was sent in their place; M = 1 where no mask came along.
+
+    An entry that its client keeps is no zero, whatever fills its place in the message: nothing is known of it.
+    """
+    masks = {name: sent[name + MASK].bool() for name in start if name + MASK in sent}
+    given = {name: sent.get(name, value) for name, value in start.items()}
+    return {n: torch.where(masks[n], v, start[n]) if n in masks else v for n, v in given.items()}
 
 
 def by_client(update: Update) -> State:

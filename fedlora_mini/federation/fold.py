@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from fedlora_mini.adapters.base import Adapter, path_generator
+from fedlora_mini.adapters.base import Adapter
 from fedlora_mini.adapters.lora import kaiming_uniform
 from fedlora_mini.adapters.ops import to_weight
+from fedlora_mini.federation.sampling import generator
 from fedlora_mini.state import State
 
 
@@ -30,13 +31,13 @@ def fold(state: State, products: State, layers: Mapping[str, Adapter]) -> State:
     return out
 
 
-def fresh(state: State, round: int, layers: Mapping[str, Adapter]) -> State:
+def fresh(state: State, round: int, layers: Mapping[str, Adapter], seed: int = 0) -> State:
     """LoRA's start anew: A random, the same for everyone in this round, B zero; ranks as in `state`."""
     out: State = {}
     for path in layers:
         A, B = state.get(f"{path}.A"), state.get(f"{path}.B")
         if A is not None and B is not None:
             rank: Any = layers[path].rank
-            start = kaiming_uniform((rank, A.shape[-1]), path_generator(round, path)).to(A)
+            start = kaiming_uniform((rank, A.shape[-1]), generator(seed, round, path)).to(A)
             out |= {f"{path}.A": start[: len(A)].clone(), f"{path}.B": torch.zeros_like(B)}
     return out

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Adapter, Key
@@ -214,8 +214,9 @@ def _advance(
     error = measured.value(after | products) if measured is not None and desk.usable else None
     server.changed |= dict.fromkeys(new, t)
     server.ranks |= desk.ranks
-    if getattr(desk.method.rule, "fresh", False):
-        after |= fresh(after, t + 1, layers)
+    rule: Any = desk.method.rule
+    if getattr(rule, "fresh", False):
+        after |= fresh(after, t + 1, layers, rule.seed)
     server.state, server.products, server.round = after, products, t
     return error
 

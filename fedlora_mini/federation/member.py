@@ -93,8 +93,9 @@ class Member:
         products = products_in(request.state)
         news = {name: value for name, value in request.state.items() if name not in products}
         self.memory = self.memory | news | fold(self.memory, products, self.setting.layers)
-        if getattr(self.setting.method.rule, "fresh", False) and request.round > 1:
-            self.memory = self.memory | fresh(self.memory, request.round, self.setting.layers)
+        rule: Any = self.setting.method.rule
+        if getattr(rule, "fresh", False) and request.round > 1:
+            self.memory = self.memory | fresh(self.memory, request.round, self.setting.layers, rule.seed)
 
     def batches(self, round: int, budget: Budget, purpose: str = "batches") -> Batches:
         """Its images for one round: step -> (b, C, *S), (b, *S); drawn by (seed, round, client, purpose).

@@ -11,7 +11,7 @@ from fedlora_mini.federation.aggregation.prototypes import prototypes
 from fedlora_mini.federation.aggregation.residual import residual
 from fedlora_mini.federation.aggregation.robust import Krum, TrimmedMean, median
 from fedlora_mini.federation.aggregation.selection import Selection
-from fedlora_mini.federation.aggregation.stack import stack
+from fedlora_mini.federation.aggregation.stack import Stack
 from fedlora_mini.federation.aggregation.svd import svd
 from fedlora_mini.federation.aggregation.uniform import uniform
 from fedlora_mini.federation.aggregation.weighted import weighted
@@ -64,7 +64,7 @@ METHODS: dict[str, Method] = {
     "fedprox": Method("FedIT + FedProx", "lora", everything, objective=(Anchor(0.01),), reference="li2020fedprox"),
     "ffa": Method("FFA-LoRA", "lora", everything, only("B"), reference="sun2024ffalora"),
     "rolora": Method("RoLoRA", "lora", everything, by_round("B", "A"), reference="chen2024rolora"),
-    "flora": Method("FLoRA", "lora", everything, rule=stack, reference="wang2024flora"),
+    "flora": Method("FLoRA", "lora", everything, rule=Stack(), reference="wang2024flora"),
     "hetlora": Method("HetLoRA", "lora", everything, rule=padded, work=SelfPruning(), reference="cho2024hetlora"),
     "flexlora": Method("FlexLoRA", "lora", everything, rule=svd, reference="bai2024flexlora"),
     "fedex": Method("FedEx-LoRA", "lora", everything, rule=residual, reference="singhal2025fedex"),

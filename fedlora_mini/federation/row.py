@@ -113,8 +113,9 @@ class Method:
         return replace(self, rule=parts[0], objective=tuple(parts[1:-1]), work=parts[-1])
 
     def seeded(self, seed: int) -> "Method":
-        """The row whose rule draws what it draws by this seed; the row itself if its rule draws nothing."""
-        draws = is_dataclass(self.rule) and "seed" in {f.name for f in fields(self.rule)}
+        """The row whose rule, objective and work draw by this seed; the row itself if none of them draws."""
+        parts: list[Any] = [self.rule, *self.objective, self.work]
+        draws = any(is_dataclass(part) and "seed" in {f.name for f in fields(part)} for part in parts)
         return self.but(seed=seed) if draws else self
 
     def lasting(self, rounds: int) -> "Method":

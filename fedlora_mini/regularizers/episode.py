@@ -53,7 +53,7 @@ def contrast(edges: tuple[Tensor, Tensor], styled: tuple[Tensor, Tensor], tau: f
 class Episode(Regularizer):
     """inner: α. clamp: bound on the entries of ∇L. contrast: weight of the contrast, tau its temperature.
 
-    Which style, and how far towards it, is drawn from (round, step): the same numbers for all clients.
+    Which style, and how far towards it, is drawn from (seed, round, step): the same numbers for all clients.
     """
 
     inner: float = 1e-3
@@ -61,6 +61,7 @@ class Episode(Regularizer):
     ratio: float = 0.05
     contrast: float = 0.1
     tau: float = 0.05
+    seed: int = 0
 
     grouped = False
     features = True
@@ -73,7 +74,7 @@ class Episode(Regularizer):
         bank = [value for name, value in context.kept.items() if name.startswith(BANK)]
         if not bank:
             return 0.0
-        rng = seeded(f"episode {context.round} {context.step}")
+        rng = seeded(f"episode {self.seed} {context.round} {context.step}")
         style = bank[int(torch.randint(len(bank), (), generator=rng))]
         share = torch.rand(len(context.x), *(1,) * (context.x.dim() - 1), generator=rng).to(context.x)
         x = low_frequency_swap(context.x, style.to(context.x), self.ratio, share).clamp(0, 1)

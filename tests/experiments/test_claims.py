@@ -10,7 +10,7 @@ from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.claims import CLAIMS, Claim, judge, verdicts
 from fedlora_mini.experiments.fewshot.arms import arm
 from fedlora_mini.experiments.report import read_results, table_of
-from fedlora_mini.experiments.stats import paired_difference
+from fedlora_mini.experiments.stats import LEAST_PAIRS, Difference, paired_difference
 from fedlora_mini.federation import METHODS
 
 UP = Claim("FedSA beats FedIT.", "fedsa", "fedit", "x.jsonl", +1)
@@ -39,6 +39,27 @@ def difference(mean, spread, seeds=8):
 def test_the_verdict_follows_from_the_interval(sign, mean, spread, word):
     d = difference(mean, spread)
     assert judge(replace(UP, sign=sign), d, d.p_bootstrap) == word
+    few = difference(mean, spread, seeds=5)
+    assert judge(replace(UP, sign=sign), few, few.p_bootstrap) == "inconclusive", "too few seeds, whatever they say"
+
+
+@pytest.mark.parametrize(
+    ("sign", "low", "high", "p", "word"),
+    [
+        (0, -0.0131, -0.0049, 0.001, "inconclusive"),  # not zero, and perhaps within the margin of 0.005
+        (0, 0.0049, 0.0131, 0.001, "inconclusive"),
+        (0, 0.0050, 0.0131, 0.001, "inconclusive"),  # the margin itself is not beyond it
+        (0, 0.0051, 0.0131, 0.001, "contradicted"),
+        (0, -0.0131, -0.0051, 0.001, "contradicted"),
+        (0, 0.0051, 0.0131, 0.05, "inconclusive"),
+        (0, -0.0049, 0.0049, 0.001, "supported"),
+        (+1, 0.0049, 0.0131, 0.001, "supported"),  # a claim of an effect asks for its sign alone
+        (-1, 0.0049, 0.0131, 0.001, "contradicted"),
+    ],
+)
+def test_no_difference_is_contradicted_by_an_interval_beyond_the_margin_alone(sign, low, high, p, word):
+    d = Difference((low + high) / 2, low, high, None, p, LEAST_PAIRS, 4)
+    assert judge(replace(UP, sign=sign, margin=0.005), d, p) == word
 
 
 def test_every_claim_names_methods_and_a_protocol_that_exist():

@@ -67,6 +67,7 @@ def test_the_search_for_a_rate_never_touches_a_reported_seed(tmp_path):
     results = Comparison(["fedit"], [0], TINY, tmp_path, rates=[1e-5, 1e-2]).run()
     searched = [json.loads(p.read_text()) for p in tmp_path.glob(f"fedit-seed{SEARCH_SEED}-*/result.json")]
     assert {r["config"]["lr"] for r in searched} == {1e-5, 1e-2}
+    assert all(r["scores"] == {} for r in searched), "it looks at no test image at all"
     best = max(searched, key=lambda r: r["val_dice"])
     assert [r["config"]["lr"] for r in results] == [best["config"]["lr"]]
     assert [r["config"]["seed"] for r in results] == [0]
@@ -90,9 +91,9 @@ def test_on_real_images_no_test_image_of_a_seed_has_a_part_in_its_search_unless_
     seen = {}  # seed -> all that its runs train on and validate with
     whole = compare.run
 
-    def watched(config, folder, progress, data):
+    def watched(config, folder, progress, data, test):
         seen[config.seed] = images_of(part for site in data().sites for part in (site.train, site.val))
-        return whole(config, folder, progress, data)
+        return whole(config, folder, progress, data, test)
 
     monkeypatch.setattr(compare, "run", watched)
     study = Comparison(["fedit"], [0, 1], REAL, tmp_path, [1e-3, 1e-1], search_seeds=SEARCH_ON[on] if on else None)

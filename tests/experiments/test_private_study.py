@@ -123,7 +123,7 @@ def test_rates_are_searched_on_a_seed_that_is_not_reported_and_edges_are_named(t
 )
 def test_a_search_goes_on_where_its_best_rate_is_the_last_of_the_grid(tmp_path, peak, tried):
     class Fake(Comparison):
-        def _one(self, config):
+        def _one(self, config, test=True):
             return {"config": config.asdict(), "val_accuracy": -abs(math.log(config.lr / peak))}
 
     own = Fake(["ffa"], [0], COMMON, tmp_path, (0.5, 1.0, 2.0), widen=2)

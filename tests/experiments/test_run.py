@@ -91,6 +91,33 @@ def test_a_finished_run_can_be_had_again_with_every_personal_model(tmp_path, nam
         assert result["final_sha256"] != run(RunConfig(method=plain, **TINY), tmp_path / "plain")["final_sha256"]
 
 
+def test_a_run_meets_its_test_images_when_it_is_asked_to(tmp_path, monkeypatch):
+    """A search does not ask; the best run of one is then tested from its folder, without training anew."""
+    config, met = RunConfig(method="iat", **TINY), []
+    evaluate = Federation.evaluate
+
+    def watched(self, part="test", *rest, **named):
+        met.append(part)
+        return evaluate(self, part, *rest, **named)
+
+    monkeypatch.setattr(Federation, "evaluate", watched)
+    searched = run(config, tmp_path / "a", test=False)
+    assert searched["scores"] == {} and searched["val_dice"] > 0 and set(met) == {"val"}
+    met.clear()
+    assert run(config, tmp_path / "a", test=False) == searched and not met
+    whole = run(config, tmp_path / "b")
+    met.clear()
+    monkeypatch.setattr(Federation, "rounds", lambda self: pytest.fail("trained twice"))
+    tested = run(config, tmp_path / "a")
+    assert met == ["test"] and tested["scores"] == whole["scores"] and tested["seconds"] > searched["seconds"]
+    assert {k: v for k, v in tested.items() if k not in ("scores", "seconds")} == {
+        k: v for k, v in searched.items() if k not in ("scores", "seconds")
+    }
+    lines = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["start", "round", "round", "round", "result"] and lines[-1] == tested
+    assert run(config, tmp_path / "a") == run(config, tmp_path / "a", test=False) == tested, "finished is finished"
+
+
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(FedloraError, match="holds no finished run: it lacks result"):
         Federation.finished(tmp_path)

@@ -1,8 +1,10 @@
 """Leakage of a run: what is logged, for which rows, and that looking changes nothing."""
 
+import numpy as np
 import pytest
 import torch
 
+from fedlora_mini import state as S
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.leakage import FOLDS, split_pairs
@@ -92,16 +94,48 @@ SPREAD = {"site_spread", "site_spread_chance"}
 BRANCHES = SPREAD | {"leak_cos2", "leak_cos2_chance"}
 
 
-@pytest.mark.parametrize(
-    ("name", "metrics"), [("fedit", SPREAD), ("as_lora", SPREAD), ("local", set()), ("dual", BRANCHES)]
-)
-def test_rows_that_split_no_pair_have_the_spread_of_branches_m2_or_nothing(tmp_path, name, metrics):
-    result = run(RunConfig(method=name, leakage=True, **TINY), tmp_path)
-    ends = tuple(AT_THE_END | HELD_OUT)
-    for record in result["leakage"]["rounds"]:
-        assert {metric for metric in record if not metric.startswith(ends)} == metrics
-    assert ("swap_drop" in result["leakage"]) == (name in ("local", "dual"))
-    assert ("feature_probe" in result["leakage"]) == bool(metrics)
+PAIRS = METRICS | levels(METRICS)
+SPLIT = ["fedsa", "fedsa_sor", "inverse_fedsa", "inverse_fedsa_sor", "iat", "iat_sor", "anti_iat"]
+SPLIT += ["iat_own_head", "anti_own_head", "anti_sor"]
+TWO = ["dual", "dual_sor", "dual_alike", "dual_alike_sor", "client_tailored", "fdlora"]
+SILENT = ["local", "fedproto"]
+OTHERS = METHODS.keys() - {*SPLIT, *TWO, *SILENT}  # nothing of a pair stays, or what stays is of another form
+EXPECTED = dict.fromkeys(OTHERS, SPREAD) | dict.fromkeys(SPLIT, PAIRS)
+EXPECTED |= dict.fromkeys(TWO, BRANCHES) | dict.fromkeys(SILENT, frozenset())
+KEEP = {*SPLIT, *TWO, *SILENT, "encoder_local", "decoder_local", "fedalt", "hydra", "pfedlora", "pfedsam"}
+KEEP |= {"fedbn", "fedrep", "fedas", "lcfed"}  # rows of which something stays at the sites
+QUICK = ("fedit", "local", "dual", "hydra", "pfedsam")  # one of every kind, and both with experts
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in METHODS])
+def test_every_row_has_the_metrics_that_are_defined_for_it_and_no_others(tmp_path, name):
+    found = run(RunConfig(method=name, leakage=True, **TINY | {"rounds": 2, "steps": 4}), tmp_path)["leakage"]
+    for record in found["rounds"]:
+        assert {metric for metric in record if not metric.startswith(tuple(AT_THE_END | HELD_OUT))} == EXPECTED[name]
+        assert all(0 <= record[metric] <= 1 for metric in EXPECTED[name])
+        assert all(np.isfinite(value).all() for value in record.values())
+        assert name == "pooled" or all(record[metric] > 0 for metric in EXPECTED[name] & SPREAD)
+    assert found.keys() >= HELD_OUT
+    assert ("swap_drop" in found) == (name in KEEP)
+    assert ("feature_probe" in found) == bool(EXPECTED[name])
+
+
+@pytest.mark.parametrize("name", ["flexlora", pytest.param("hetlora", marks=pytest.mark.slow)])
+def test_directions_beyond_a_clients_rank_have_not_moved(name):
+    """The first round, from B = 0 and a common A, of clients of rank 1, 2 and 3."""
+    config = RunConfig(method=name, leakage=True, ranks=[1, 2, 3], **TINY | {"rounds": 1, "rank": 3})
+    federation = Federation.build(config)
+    start, sent = S.clone(federation.server.state), spied(federation)
+    next(iter(federation.rounds()))
+    for update, moved in zip(sent, federation.watch.sent[0], strict=True):
+        assert moved.keys() == update.state.keys()
+        for key in federation.engine.keys.values():
+            change, r = moved[key.name], update.client + 1
+            if key.factor == "A":
+                assert torch.equal(change[:r], update.state[key.name] - start[key.name][:r]) and not change[r:].any()
+            if key.factor == "B":
+                assert torch.equal(change[:, :r], update.state[key.name]) and not change[:, r:].any()
+    assert 0 < federation.leakage["site_spread"] < 1 and federation.leakage["site_spread_chance"] > 0
 
 
 @pytest.mark.slow
@@ -141,24 +175,49 @@ def test_a_run_stored_before_a_metric_was_logged_is_left_out_with_a_warning(watc
         assert not table_of([old], "iat", "leakage", "leak_energy").size
 
 
-def test_the_spread_is_that_of_what_was_sent():
-    """Against the definition on flat vectors, from a round watched from outside."""
-    federation = Federation.build(RunConfig(method="fedsa", leakage=True, **TINY))
-    sent = []
-    exchange = federation.engine.exchange
+def spied(federation):
+    """The updates that will come in."""
+    sent, exchange = [], federation.engine.exchange
 
     def spy(requests):
         for update in exchange(requests):
-            sent.append((update.weight, update.state))
+            sent.append(update)
             yield update
 
     federation.engine.exchange = spy
-    start = {name: value.clone() for name, value in federation.server.state.items()}
-    next(iter(federation.rounds()))
-    vectors = torch.stack([torch.cat([(v - start[n]).flatten() for n, v in state.items()]) for _, state in sent])
-    p = torch.tensor([weight for weight, _ in sent])[:, None] / sum(weight for weight, _ in sent)
+    return sent
+
+
+def vector(state, start):
+    """The change of what was sent, flat in float64; an entry behind a 0 of its mask was not sent."""
+    parts = []
+    for name in (n for n in state if "~" not in n):
+        change = state[name].double() - start[name]
+        if f"{name}~mask" in state:
+            change = change * state[f"{name}~mask"]
+        parts.append(change.flatten())
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("fedsa", 1), ("resfim_lora", 3)])
+def test_the_spread_and_its_level_are_those_of_what_was_sent(name, rounds):
+    """Against the definition on flat vectors, from rounds watched from outside; resfim has masks from the second on."""
+    federation = Federation.build(RunConfig(method=name, leakage=True, **TINY))
+    sent, going = spied(federation), federation.rounds()
+    for _ in range(rounds):
+        sent.clear()
+        start = S.clone(federation.server.state)
+        next(going)
+    assert any("~mask" in n for n in sent[0].state) == (name == "resfim_lora")
+    vectors = torch.stack([vector(update.state, start) for update in sent])
+    p = torch.tensor([update.weight for update in sent], dtype=torch.float64)[:, None]
+    p = p / p.sum()
     spread = (p * (vectors - (p * vectors).sum(0)).square()).sum() / (p * vectors.square()).sum()
     assert federation.leakage["site_spread"] == pytest.approx(float(spread), rel=1e-4)
+    assert S.norm(federation.watch.sent[-1][0]) == pytest.approx(float(vectors[0].norm()), rel=1e-4)
+    one, two = (torch.stack([vector(federation.watch.twins[u.client](half), start) for u in sent]) for half in (0, 1))
+    level = (p * (1 - p) * (one - two).square()).sum() / (p * (one + two).square()).sum()
+    assert federation.leakage["site_spread_chance"] == pytest.approx(float(level), rel=1e-4)
 
 
 def test_pairs_are_split_as_the_row_says():

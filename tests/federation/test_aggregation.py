@@ -11,11 +11,12 @@ from fedlora_mini.adapters.ops import matrix_shape
 from fedlora_mini.federation import METHODS, Update
 from fedlora_mini.federation.aggregation import (
     AggregationError,
+    Stack,
     aggregation_error,
+    masked,
     mean,
     padded,
     residual,
-    stack,
     svd,
     truncate,
 )
@@ -108,8 +109,8 @@ def scaled():
     return model, start, clients, keys(model, list(start))
 
 
-CASES = [(rule, (3, 3, 3)) for rule in (mean, padded, svd, stack, residual)]
-CASES += [(rule, (1, 3, 2)) for rule in (padded, svd, stack)]
+CASES = [(rule, (3, 3, 3)) for rule in (mean, padded, svd, Stack(), residual)]
+CASES += [(rule, (1, 3, 2)) for rule in (padded, svd, Stack())]
 
 
 @pytest.mark.parametrize(("rule", "ranks"), CASES)
@@ -118,14 +119,53 @@ def test_the_error_of_a_rule_is_that_of_the_definition(scaled, rule, ranks):
     updates = [Update(k, truncate(c, r), k + 1.0) for k, (c, r) in enumerate(zip(scaled[2], ranks, strict=True))]
     found, expected = dense_error(scaled, rule, updates)
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert found < 1e-12 if rule in (stack, residual) else found > 0.01
+    assert found < 1e-12 if rule in (Stack(), residual) else found > 0.01
+
+
+def hidden(client, start, seed):
+    """A client's message that keeps about half of its entries, and its model as the server is told of it."""
+    rng = torch.Generator().manual_seed(seed)
+    masks = {name: torch.rand(value.shape, generator=rng) < 0.5 for name, value in client.items()}
+    sent = {name: torch.where(masks[name], value, 0.0) for name, value in client.items()}
+    told = {name: torch.where(masks[name], value, start[name]) for name, value in client.items()}
+    return sent | {f"{name}~mask": mask.to(torch.uint8) for name, mask in masks.items()}, told
+
+
+def test_entries_that_clients_keep_stand_at_the_start(setting):
+    """The products by hand, with every ΔW in full: a zero behind a mask is no value."""
+    model, start, clients, table = setting
+    messages = [hidden(client, start, seed) for seed, client in enumerate(clients)]
+    updates = [Update(k, sent, k + 1.0) for k, (sent, _) in enumerate(messages)]
+    after, lost, kept = start | masked(start, updates), 0.0, 0.0
+    for path in {key.path for key in table.values() if key.factor == "A"}:
+        whole = sum((k + 1) / 6 * told[f"{path}.B"] @ told[f"{path}.A"] for k, (_, told) in enumerate(messages))
+        lost += (whole - after[f"{path}.B"] @ after[f"{path}.A"]).square().sum().item()
+        kept += whole.square().sum().item()
+    found = aggregation_error(model, start, after, updates, lambda name: False)
+    assert found == pytest.approx((lost / kept) ** 0.5, rel=1e-9) and found > 0.01
+
+
+def test_of_a_mask_that_all_clients_have_the_mean_loses_the_covariance_alone(setting):
+    """None if one factor is common; what nobody sends is on both sides the server's."""
+    model, start, clients, _ = setting
+    common = [c | S.pick(clients[0], lambda name: name.endswith(".A")) for c in clients]
+    for states, exact in ((common, True), (clients, False)):
+        told = [hidden(client, start, 0) for client in states]
+        updates = [Update(k, sent, k + 1.0) for k, (sent, _) in enumerate(told)]
+        plain = [Update(k, state, k + 1.0) for k, (_, state) in enumerate(told)]
+        errors = [
+            aggregation_error(model, start, start | rule(start, each), each, lambda name: False)
+            for rule, each in ((masked, updates), (mean, plain))
+        ]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-9, abs=1e-12)
+        assert (errors[0] < 1e-12) == exact
 
 
 def thin_floats(error):
     return {path: sum(P.numel() + Q.numel() for _, P, Q in held) for path, held in error.thin.items()}
 
 
-@pytest.mark.parametrize(("rule", "ranks"), [(mean, (3, 3)), (svd, (1, 3)), (stack, (2, 3)), (residual, (3, 3))])
+@pytest.mark.parametrize(("rule", "ranks"), [(mean, (3, 3)), (svd, (1, 3)), (Stack(), (2, 3)), (residual, (3, 3))])
 def test_of_many_clients_the_error_is_the_same_and_its_memory_stays(scaled, rule, ranks):
     """Beyond FEW clients thin factors give way to the mean update, where they are larger than it."""
     model, start, clients, _ = scaled

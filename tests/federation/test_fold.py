@@ -10,6 +10,7 @@ from fedlora_mini import state as S
 from fedlora_mini.adapters import adapters, call, keys, prepare, trainable
 from fedlora_mini.adapters.ops import TRANSPOSED
 from fedlora_mini.engines import LocalEngine
+from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.federation import METHODS, Budget, Server, federate, train
 from fedlora_mini.federation.fold import fold, fresh, products_in
 from fedlora_mini.models import build
@@ -275,6 +276,18 @@ def test_a_merged_layer_folds_into_its_frozen_weight():
     layer.merge()
     products = {f"{path}.fold.A": torch.zeros_like(layer.A), f"{path}.fold.B": torch.zeros_like(layer.B)}
     assert torch.equal(fold({}, products, {path: layer})[f"{path}.base.weight"], W)
+
+
+def test_new_pairs_differ_from_seed_to_seed_and_from_the_start_of_any_run():
+    models = [
+        prepare(build("minisam", 2, d=16, depth=1, stem=4, width=4), "lora", seed=seed, rank=2) for seed in range(4)
+    ]
+    layers, path = dict(adapters(models[0])), pairs(models[0])[0][0]
+    starts = [trainable(model)[f"{path}.A"] for model in models]
+    starts += [fresh(trainable(models[0]), t, layers, seed)[f"{path}.A"] for seed in range(3) for t in (2, 3)]
+    assert all(not torch.equal(starts[i], starts[j]) for i in range(len(starts)) for j in range(i))
+    assert RunConfig(method="flora", seed=3).row.rule.seed == 3
+    assert [term.seed for term in RunConfig(method="feddg", seed=4).row.objective] == [4]
 
 
 def test_layers_without_a_pair_in_the_state_do_not_begin_anew():

@@ -17,6 +17,7 @@ from fedlora_mini.federation.aggregation import (
     Nova,
     Others,
     Selection,
+    Stack,
     TrimmedMean,
     masked,
     mean,
@@ -24,7 +25,6 @@ from fedlora_mini.federation.aggregation import (
     padded,
     prototypes,
     residual,
-    stack,
     svd,
     uniform,
     weighted,
@@ -44,7 +44,7 @@ RULES = {
     "mean": mean,
     "uniform": uniform,
     "Others": Others(),
-    "stack": stack,
+    "stack": Stack(),
     "padded": padded,
     "svd": svd,
     "residual": residual,
@@ -185,7 +185,7 @@ def test_unequal_ranks_are_for_the_rules_that_say_so(rule):
     updates = clients(rule, ranks=(1, 2, 3, 3, 2))
     if getattr(rule, "unequal", False):
         out = rule(state(9), updates)
-        assert all(out[f"{path}.A"].shape == (RANK, n) for path, (_, n) in LAYERS.items() if rule is not stack)
+        assert all(out[f"{path}.A"].shape == (RANK, n) for path, (_, n) in LAYERS.items() if rule != Stack())
     else:
         with pytest.raises(FedloraError, match=r"shape of '.*\.A'"):
             rule(state(9), updates)
@@ -195,10 +195,10 @@ def test_the_rules_for_unequal_ranks():
     assert {name for name, rule in RULES.items() if getattr(rule, "unequal", False)} == {
         "stack", "padded", "svd", "FedAvgM of padded",
     }  # fmt: skip
-    assert getattr(stack, "fresh", False) and not getattr(svd, "fresh", False)
+    assert getattr(Stack(), "fresh", False) and not getattr(svd, "fresh", False)
 
 
-@pytest.mark.parametrize("rule", [stack, padded, svd], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", [Stack(), padded, svd], ids=named)
 def test_one_client_of_a_lower_rank_keeps_the_size_of_its_product(rule):
     """One s for all ranks, so that B A alone says how large the update is."""
     [update] = clients(ranks=(2,))
@@ -219,7 +219,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("rule", [stack, padded, svd, residual, Fair(), Fair(solve="optimised")], ids=named)
+@pytest.mark.parametrize("rule", [Stack(), padded, svd, residual, Fair(), Fair(solve="optimised")], ids=named)
 def test_no_rule_on_products_forms_one(rule):
     m, n, r, K = 90, 80, 2, 3
     rng = torch.Generator().manual_seed(0)

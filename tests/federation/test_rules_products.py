@@ -10,11 +10,11 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation import Update
 from fedlora_mini.federation.aggregation import (
     Fair,
+    Stack,
     mean,
     padded,
     residual,
     self_pruned_rank,
-    stack,
     svd,
     tail,
     truncate,
@@ -58,10 +58,10 @@ def assert_same(found, expected):
         torch.testing.assert_close(found[name], value)
 
 
-# Products: stack, padded, svd, residual, fair
+# Products: stacked, padded, svd, residual, fair
 
 
-@pytest.mark.parametrize(("rule", "ranks"), [(stack, (3,) * 5), (stack, (1, 2, 3, 3, 2)), (residual, (3,) * 5)])
+@pytest.mark.parametrize(("rule", "ranks"), [(Stack(), (3,) * 5), (Stack(), (1, 2, 3, 3, 2)), (residual, (3,) * 5)])
 def test_stack_and_residual_are_exact(rule, ranks):
     updates = clients(ranks=ranks)
     out = rule(state(9), updates)
@@ -72,7 +72,7 @@ def test_stack_and_residual_are_exact(rule, ranks):
 
 def test_stack_returns_no_factors_and_concatenates():
     updates = clients(ranks=(1, 2, 3))
-    out = stack(state(9), updates)
+    out = Stack()(state(9), updates)
     path = "encoder.qkv"
     assert {n for n in out if n.startswith(path)} == {f"{path}.fold.A", f"{path}.fold.B"}
     assert torch.equal(out[f"{path}.fold.A"], torch.cat([u.state[f"{path}.A"] for u in updates]))

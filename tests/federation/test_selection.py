@@ -77,6 +77,29 @@ def test_probabilities_are_the_cards():
     assert probability(1.0, 0.0, 0.1) > 0.9999 > probability(1.0, 0.0, 1.0)
 
 
+def test_a_coin_has_the_freedom_the_bytes_and_the_draws_and_no_score(tiny):
+    """The control: what it draws is what AS-LoRA draws when all scores are zero, whatever the scores are."""
+    row = ROW.but(choice="coin")
+    engine, server = federation(tiny, row)
+    moved, records = advance(engine, server, 9)
+    other, plain = federation(tiny)
+    scored, told = advance(other, plain, 9)
+    assert moved[:4] == scored[:4] and moved[4:] != scored[4:]
+    assert [r.bytes_up for r in records[:4]] == [r.bytes_up for r in told[:4]]
+    update = {f"{SCORE}layer{i}": torch.tensor(float(i), dtype=torch.float64) for i in range(40)}
+    silent = {name: torch.zeros_like(value) for name, value in update.items()}
+    start = {ROUND: torch.tensor(8)} | {f"{MODE}layer{i}": torch.tensor(float(i % 2)) for i in range(40)}
+
+    def drawn(rule, said):
+        out = rule(start, [Update(0, {"w.A": torch.zeros(1)} | said, 1.0)])
+        return [float(out[f"{MODE}layer{i}"]) for i in range(40)]
+
+    assert drawn(row.rule, update) == drawn(row.rule, silent) == drawn(ROW.rule, silent) != drawn(ROW.rule, update)
+    assert 10 < sum(drawn(row.rule, update)) < 30
+    with pytest.raises(FedloraError, match="choice of AS-LoRA 'dice'; accepted: coin, score"):
+        ROW.but(choice="dice")
+
+
 def test_the_draws_follow_the_seed_of_the_run_unless_the_row_says_another():
     config = RunConfig(method="as_lora", seed=3)
     for other, seed in ((config, 3), (config.but(seed=4), 4), (config.but(change={"seed": 7}), 7)):

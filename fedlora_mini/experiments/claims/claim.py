@@ -30,6 +30,7 @@ class Claim:
     not_matched: str = "bytes sent"
     shots: int = 0
     seen: bool = False  # registered when its runs, or a part of them, had been seen
+    again: bool = False  # registered before, and its runs made again since, by another protocol
     apart: bool = False  # the terms are of different data: each has its own score, and is averaged over its sites
 
     def title(self, name: str) -> str:

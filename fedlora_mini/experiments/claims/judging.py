@@ -14,7 +14,7 @@ from fedlora_mini.experiments.claims.claim import Claim
 from fedlora_mini.experiments.claims.table import CLAIMS
 from fedlora_mini.experiments.fewshot import report as fewshot
 from fedlora_mini.experiments.report import Result, arms, metric_of, privacy, read_results, table_of
-from fedlora_mini.experiments.stats import Difference, holm, paired_difference
+from fedlora_mini.experiments.stats import LEAST_PAIRS, Difference, holm, paired_difference
 
 LEVEL = 0.05
 
@@ -47,12 +47,19 @@ class Verdict:
             lines.append(f"| paired over | {d.seeds} {what} × {d.sites} {where}{'s' if d.sites > 1 else ''} |")
         lines += [f"| privacy | {line} |" for line in _budgets(claim)]
         lines += [
-            *(["| registered | after its runs, or a part of them, had been seen |"] if claim.seen else []),
+            *([f"| registered | {registered} |"] if (registered := _registered(claim)) else []),
             f"| matched | {claim.matched} |",
             f"| not matched | {claim.not_matched} |",
             f"| runs | {', '.join(f'`results/{file}`' for file in claim.files)} |",
         ]
         return "\n".join(lines)
+
+
+def _registered(claim: Claim) -> str:
+    """When, where it was not simply before its runs."""
+    if claim.seen:
+        return "after its runs, or a part of them, had been seen"
+    return "before its first runs, which were made again since by another protocol" if claim.again else ""
 
 
 def _budgets(claim: Claim) -> list[str]:
@@ -123,11 +130,18 @@ def _measured(claim: Claim, folder: Path, written: tuple[int, ...]) -> Differenc
 
 
 def judge(claim: Claim, d: Difference, p: float) -> str:
-    """No effect if the interval fits within the margin; else an effect if its corrected p is below 0.05."""
+    """No effect if the interval fits within the margin; else an effect if its corrected p is below 0.05.
+
+    Against a claim of no effect p is not enough: the whole interval lies beyond the margin, or it may still be true.
+    Fewer than LEAST_PAIRS seeds decide nothing: resampled, three numbers of one sign never cross zero.
+    """
+    if d.seeds < LEAST_PAIRS:
+        return "inconclusive"
     none = -claim.margin < d.low and d.high < claim.margin
     if none:
         return "supported" if claim.sign == 0 else "not supported"
-    if p >= LEVEL:
+    beyond = d.low > claim.margin or d.high < -claim.margin
+    if p >= LEVEL or (claim.sign == 0 and not beyond):
         return "inconclusive"
     return "supported" if d.mean * claim.sign > 0 else "contradicted"
 

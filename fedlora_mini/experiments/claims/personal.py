@@ -78,7 +78,7 @@ PERSONAL: dict[str, Claim] = {
         "factorial_both.jsonl",
         +1,
         matched="rounds, local steps, batches, initial weights, data",
-        not_matched="trained numbers (twice as many), bytes",
+        not_matched="trained numbers (twice as many), bytes, and the head: shared here, kept by a site alone",
         seen=True,
     ),
     "fedrep-over-fedavg": Claim(

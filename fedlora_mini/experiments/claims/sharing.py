@@ -69,9 +69,10 @@ AVERAGING: dict[str, Claim] = {
         "For a site that never trained, FedIT's shared model is better than the mean of locally trained ones.",
         "fedit",
         "local",
-        "phantom_appearance.jsonl",
+        "factorial_appearance.jsonl",  # three unseen sites a seed; registered first on phantom_appearance, with one
         +1,
         protocol="new site",
+        seen=True,
     ),
     "exactness-helps": Claim(
         "An exact average helps: RoLoRA, whose aggregation error is zero, beats FedIT at equal rounds and steps.",
@@ -159,7 +160,15 @@ TWO_BY_TWO: dict[str, Claim] = {
         "iat",
         "local",
         "both",
+        not_matched="bytes sent (none by a site alone), and the head: IAT shares it, a site alone keeps it",
+    ),
+    "iat-own-head-over-local-both": _cell(
+        "Under both shifts IAT with its head at the site beats training alone at the same rank.",
+        "iat_own_head",
+        "local",
+        "both",
         not_matched="bytes sent (none by a site alone)",
+        seen=True,
     ),
     "dual-over-fedit-new-site": _cell(
         "A shared and a private branch serve a new site better than one shared LoRA.",

@@ -2,6 +2,8 @@
 
 from fedlora_mini.experiments.claims.claim import Claim
 
+HEAD_AND_BYTES = "bytes sent (none by a site alone), and the head: IAT shares it, a site alone keeps it"
+
 
 def _hospitals(name: str, what: str) -> dict[str, Claim]:
     """The claims on one set of real sites. `near-…`: the signs that `results/nearness.jsonl` predicts for it."""
@@ -17,7 +19,9 @@ def _hospitals(name: str, what: str) -> dict[str, Claim]:
     return {
         f"iat-over-fedsa-{name}": claim(f"IAT's assignment beats FedSA's {own}.", "iat_own_head", "fedsa"),
         f"iat-over-fedit-{name}": claim(f"IAT beats one LoRA for all (FedIT) {own}.", "iat", "fedit"),
-        f"iat-over-local-{name}": claim(f"IAT's sharing beats training alone {own}.", "iat", "local"),
+        f"iat-over-local-{name}": claim(
+            f"IAT's sharing beats training alone {own}.", "iat", "local", not_matched=HEAD_AND_BYTES
+        ),
         f"sor-improves-{name}": claim(f"SOR improves IAT's Dice {own}.", sor, "iat", not_matched="nothing"),
         f"near-one-factor-{name}": claim(
             f"one A everywhere is better than one B everywhere, {told}.", "inverse_fedsa", "fedsa", -1, source=""
@@ -38,7 +42,7 @@ SITES: dict[str, Claim] = {
         "nuclei_domains.jsonl",
         +1,
         source="zhao2026iat",
-        not_matched="bytes sent (none by a site alone)",
+        not_matched=HEAD_AND_BYTES,
         seen=True,
     ),
     "near-two-factors-nuclei": Claim(

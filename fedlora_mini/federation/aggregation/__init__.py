@@ -12,7 +12,7 @@ from fedlora_mini.federation.aggregation.prototypes import prototypes
 from fedlora_mini.federation.aggregation.residual import residual
 from fedlora_mini.federation.aggregation.robust import Krum, TrimmedMean, median
 from fedlora_mini.federation.aggregation.selection import Selection
-from fedlora_mini.federation.aggregation.stack import stack
+from fedlora_mini.federation.aggregation.stack import Stack
 from fedlora_mini.federation.aggregation.svd import svd
 from fedlora_mini.federation.aggregation.uniform import uniform
 from fedlora_mini.federation.aggregation.weighted import weighted
@@ -26,6 +26,7 @@ __all__ = [
     "Nova",
     "Others",
     "Selection",
+    "Stack",
     "TrimmedMean",
     "aggregation_error",
     "masked",
@@ -35,7 +36,6 @@ __all__ = [
     "prototypes",
     "residual",
     "self_pruned_rank",
-    "stack",
     "svd",
     "tail",
     "truncate",

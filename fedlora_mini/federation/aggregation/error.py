@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fedlora_mini.adapters.base import adapters, delta_of
 from fedlora_mini.federation.aggregation.pairs import Pair, product_norm, stacked
-from fedlora_mini.federation.exchange import Update
+from fedlora_mini.federation.exchange import Update, received
 from fedlora_mini.metrics.rank import pairs
 from fedlora_mini.state import State
 
@@ -22,6 +22,10 @@ class AggregationError:
     For the mean of LoRA factors the numerator is ||Cov_p(B, A)||_F (methods card 1.2): 0 if one factor is equal on all
     clients. `private(name)` tells what stays at the sites: a layer with a private factor has no common ΔW, so it is
     left out.
+
+    Of a masked update, an entry that its client keeps stands at the server's start, as in `received`: ΔW_k is what the
+    message makes of the server's model. So what `masked` does on purpose counts as well, as a server's momentum does:
+    the mean over those who send an entry goes 1 / Σ p_k M_k times as far as the mean over all.
 
     Thin where ΔW is a product of thin factors, whose ranks may be unequal; otherwise by ΔW itself. The factors of more
     than FEW clients are added up in sum_k w_k ΔW_k as soon as they are larger than it: the memory does not grow with
@@ -44,7 +48,7 @@ class AggregationError:
     def add(self, update: Update) -> None:
         """Take one client's update in."""
         self.total += update.weight
-        state = {name: update.state.get(name, value).double() for name, value in self.before.items()}
+        state = {name: value.double() for name, value in received(update.state, self.before).items()}
         thin = pairs(self.model, state) if self.own else {}
         for path in self.own:
             if path not in thin:

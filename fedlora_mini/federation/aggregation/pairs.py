@@ -25,12 +25,6 @@ def unequal(rule: AnyRule) -> AnyRule:
     return rule
 
 
-def fresh(rule: AnyRule) -> AnyRule:
-    """Marks a rule after which every client starts its factors anew."""
-    rule.fresh = True  # type: ignore[attr-defined]
-    return rule
-
-
 def folds(rule: AnyRule) -> AnyRule:
     """Marks a rule that changes frozen weights."""
     rule.folds = True  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 P(A moves) = sigmoid((S_A - S_B) / ((|S_A| + |S_B|) tau)), S a running mean of the clients' scores of that factor,
 renewed only when it was the one that moved; tau falls from 1 to 0.1. The first `warmup` rounds move B, A, B, A, …
+The control has P = 1/2 and the same draws: layers are as free, and no score decides.
 
 Choices travel as "~mode/<layer>", scores come as "~score/<layer>", the server's memory stands under "~~as/…".
 methods.md card 6.
@@ -9,17 +10,17 @@ methods.md card 6.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 
 from fedlora_mini import state as S
-from fedlora_mini.errors import FedloraError
+from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.exchange import OWN, Update, is_model
 from fedlora_mini.federation.sampling import generator
 from fedlora_mini.federation.schedule import MODE
 from fedlora_mini.state import State
 
+CHOICES = ("score", "coin")
 SCORE = "~score/"
 ROUND = f"{OWN}as/round"
 
@@ -34,6 +35,7 @@ def probability(a: float, b: float, tau: float) -> float:
 class Selection:
     """warmup: rounds of plain alternation, an even number, None = a tenth of the run's; memory: share of the old score.
 
+    choice: what decides after the warm-up, "score" or, as a control, a fair "coin".
     A warm-up has at least two rounds, or A had no score; by itself, without a run's length, the rule takes two.
     """
 
@@ -42,9 +44,15 @@ class Selection:
     cooling: float = 0.95
     coldest: float = 0.1
     seed: int = 0
-    label: ClassVar[str] = "mean, and a choice by score"
+    choice: str = "score"
+
+    @property
+    def label(self) -> str:
+        return f"mean, and a choice by {self.choice}"
 
     def __post_init__(self) -> None:
+        if self.choice not in CHOICES:
+            raise unknown("choice of AS-LoRA", self.choice, CHOICES)
         if self.warmup is not None and (self.warmup < 2 or self.warmup % 2):
             raise FedloraError(f"warmup must be an even number of rounds, at least 2, got {self.warmup}")
         for name in ("memory", "cooling", "coldest"):
@@ -71,7 +79,7 @@ class Selection:
             out[f"{OWN}as/{moved}/{path}"] = torch.tensor(mixed, dtype=torch.float64)
             known = {f: float(server.get(f"{OWN}as/{f}/{path}", 0.0)) for f in "AB"} | {moved: mixed}
             draw = float(torch.rand((), generator=rng, dtype=torch.float64))
-            chance = float(round % 2) if round < warmup else probability(known["A"], known["B"], tau)
-            out[f"{MODE}{path}"] = torch.tensor(float(draw < chance))
+            free = 0.5 if self.choice == "coin" else probability(known["A"], known["B"], tau)
+            out[f"{MODE}{path}"] = torch.tensor(float(draw < (float(round % 2) if round < warmup else free)))
         out[ROUND] = torch.tensor(round)
         return out

@@ -11,6 +11,7 @@ from fedlora_mini import state as S
 from fedlora_mini.data import Split
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation import METHODS, Method
+from fedlora_mini.federation.aggregation import aggregation_error
 from fedlora_mini.federation.exchange import is_model
 from fedlora_mini.federation.sharing import all_but_head, everything, nothing
 from fedlora_mini.federation.works import ResFIM
@@ -112,6 +113,31 @@ def test_a_round_of_resfim_by_hand(tiny):
     advance(watched, server, 4)
     for client, start in watched.starts(4).items():
         assert S.digest(start) == S.digest(own[client])
+
+
+def test_the_aggregation_error_of_a_masked_round_by_hand(tiny):
+    """What a client keeps stands at the server's start in its ΔW; from the zeros in its place the error is above 1."""
+    watched, server = federation(resfim("lora", tau=0.5), parts(tiny), budget=replace(BUDGET, lr=3e-2))
+    advance(watched, server, 1)
+    layers = watched.setting.layers
+    for round in (2, 3):
+        before = S.clone(server.state)
+        advance(watched, server, round)
+        updates, lost, size = watched.updates[-1], 0.0, 0.0
+        total = sum(update.weight for update in updates)
+        for path in (p for p, layer in layers.items() if not layer.linear):
+            mean = 0.0
+            for update in updates:
+                B, A = (
+                    torch.where(kept(update)[n], before[n], update.state[n]).double()
+                    for n in (f"{path}.B", f"{path}.A")
+                )
+                mean = mean + update.weight / total * B @ A
+            new = server.state[f"{path}.B"].double() @ server.state[f"{path}.A"].double()
+            lost += float((mean - new).square().sum())
+            size += float(mean.square().sum())
+        found = aggregation_error(watched.setting.model, before, server.state, updates, lambda name: False)
+        assert found == pytest.approx((lost / size) ** 0.5, rel=1e-6) and 0 < found < 1
 
 
 def in_style(x, amplitude, ratio):
