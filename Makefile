@@ -103,8 +103,10 @@ main-job: $(READY) ## the README's real result: four methods on four real nuclei
 # On real images these are partly test images of reported seeds (results/README.md); new studies leave out --search-on.
 LITE := --data phantom --size 48 --rounds 8 --steps 8 --batch 4 --threads 1 --seeds 0-7 --search-lr 1e-3,3e-3,1e-2,3e-2 \
         --option per_site=24 --option test=32 --eval-every 0
-NUCLEI := --data nuclei --threads 1 --seeds 0-5 --search-lr 2e-3,5e-3,1e-2,2e-2 --search-on other-seed \
-        --option per_site=250 --option val=60 --eval-every 0
+TILES := --data nuclei --threads 1 --seeds 0-5 --option per_site=250 --option val=60 --eval-every 0
+NUCLEI := $(TILES) --search-lr 2e-3,5e-3,1e-2,2e-2 --search-on other-seed
+# arm:rounds:rate, for which the arm sends what IAT sends in ten, at the rate that its search had found
+TEN := dual:7:2e-3 fedit:7:5e-3 fedsa:11:5e-3 inverse_fedsa:16:5e-3 anti_own_head:19:5e-3
 # A step on pooled data sees as many images as the steps of all sites together.
 evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	$(BIN)/fedlora compare local fedavg fedit ffa rolora fedsa iat $(LITE) \
@@ -119,6 +121,10 @@ evidence: $(READY) ## run again what results/ holds (about an hour on one core)
 	cp runs/phantom_supervision/results.jsonl results/phantom_supervision.jsonl
 	cat runs/phantom_appearance/results.jsonl runs/pooled_phantom/results.jsonl > results/phantom_appearance.jsonl
 	cat runs/nuclei_domains/results.jsonl runs/pooled_nuclei/results.jsonl > results/nuclei_domains.jsonl
+	for own in $(TEN); do set -- $$(echo $$own | tr : ' '); \
+	  $(BIN)/fedlora compare $$1 $(TILES) --rounds $$2 --lr $$3 --out runs/nuclei_bytes_$$1 || exit 1; done
+	(grep -hE '"method": "iat(_own_head)?",' runs/nuclei_domains/results.jsonl; \
+	  for own in $(TEN); do cat runs/nuclei_bytes_$${own%%:*}/results.jsonl; done) > results/hospitals_nuclei_bytes.jsonl
 
 # The 2x2 of shifts: who should share what; then its cell "both" at equal bytes and from other bases.
 SHARING := local fedit fedsa inverse_fedsa iat_own_head anti_own_head iat iat_sor anti_iat encoder_local decoder_local dual

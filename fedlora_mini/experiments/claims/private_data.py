@@ -4,7 +4,7 @@ from typing import Any
 
 from fedlora_mini.experiments.claims.claim import Claim
 from fedlora_mini.experiments.claims.privacy import BUDGET, LOW, PERMUTED, RESCALED, SITES, private
-from fedlora_mini.experiments.private import AS, CELLS
+from fedlora_mini.experiments.private import AS, CELLS, COIN
 
 OVER_HALF = "LA-LoRA also beats DP-LoRA with K/2 steps."
 HALF: dict[str, Any] = {
@@ -95,5 +95,14 @@ ELSEWHERE: dict[str, Claim] = {
         "mnist",
         source="kim2026aslora",
         not_matched="bytes by layer: one number a layer beside its factor",
+    ),
+    "as-over-coin-mnist": private(
+        "On MNIST AS-LoRA beats itself with every layer's factor chosen by coin.",
+        AS,
+        f"{COIN}@private_mnist_rest",
+        "mnist",
+        source="",
+        not_matched="the score",
+        seen=True,
     ),
 }
