@@ -99,32 +99,18 @@ main-job: $(READY) ## the README's real result: four methods on four real nuclei
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora compare local fedit fedsa iat --data nuclei --seeds 0-2 --out runs/nuclei
 
-# What stands in results/: every arm searches the same learning rates on validation images of a seed that is not reported.
-# On real images these are partly test images of reported seeds (results/README.md); new studies leave out --search-on.
+# What stands in results/: every arm searches the same rates, on a seed of the phantom that is not reported.
 LITE := --data phantom --size 48 --rounds 8 --steps 8 --batch 4 --threads 1 --seeds 0-7 --search-lr 1e-3,3e-3,1e-2,3e-2 \
         --option per_site=24 --option test=32 --eval-every 0
-TILES := --data nuclei --threads 1 --seeds 0-5 --option per_site=250 --option val=60 --eval-every 0
-NUCLEI := $(TILES) --search-lr 2e-3,5e-3,1e-2,2e-2 --search-on other-seed
-# arm:rounds:rate, for which the arm sends what IAT sends in ten, at the rate that its search had found
-TEN := dual:7:2e-3 fedit:7:5e-3 fedsa:11:5e-3 inverse_fedsa:16:5e-3 anti_own_head:19:5e-3
 # A step on pooled data sees as many images as the steps of all sites together.
-evidence: $(READY) ## run again what results/ holds (about an hour on one core)
+evidence: $(READY) ## run again the first comparisons of results/ (half an hour on one core)
 	$(BIN)/fedlora compare local fedavg fedit ffa rolora fedsa iat $(LITE) \
 	  --option appearance=1 --option supervision=0 --out runs/phantom_appearance
 	$(BIN)/fedlora compare pooled $(LITE) --batch 16 --option appearance=1 --option supervision=0 --out runs/pooled_phantom
 	$(BIN)/fedlora compare local fedit fedsa iat $(LITE) \
 	  --option appearance=0 --option supervision=1 --out runs/phantom_supervision
-	$(BIN)/fedlora data fetch nuclei
-	$(BIN)/fedlora compare local fedit fedsa iat inverse_fedsa iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 \
-	  dual encoder_local decoder_local anti_iat $(NUCLEI) --out runs/nuclei_domains
-	$(BIN)/fedlora compare pooled $(NUCLEI) --batch 32 --out runs/pooled_nuclei
 	cp runs/phantom_supervision/results.jsonl results/phantom_supervision.jsonl
 	cat runs/phantom_appearance/results.jsonl runs/pooled_phantom/results.jsonl > results/phantom_appearance.jsonl
-	cat runs/nuclei_domains/results.jsonl runs/pooled_nuclei/results.jsonl > results/nuclei_domains.jsonl
-	for own in $(TEN); do set -- $$(echo $$own | tr : ' '); \
-	  $(BIN)/fedlora compare $$1 $(TILES) --rounds $$2 --lr $$3 --out runs/nuclei_bytes_$$1 || exit 1; done
-	(grep -hE '"method": "iat(_own_head)?",' runs/nuclei_domains/results.jsonl; \
-	  for own in $(TEN); do cat runs/nuclei_bytes_$${own%%:*}/results.jsonl; done) > results/hospitals_nuclei_bytes.jsonl
 
 # The 2x2 of shifts: who should share what; then its cell "both" at equal bytes and from other bases.
 SHARING := local fedit fedsa inverse_fedsa iat_own_head anti_own_head iat iat_sor anti_iat encoder_local decoder_local dual
@@ -158,6 +144,7 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 
 SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=exact,lam=$(lam))
 SOR_REST := fedsa_sor inverse_fedsa_sor anti_sor
+SOR_MORE := dual_sor iat_sor:form=exact,lam=0.01
 RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
 BRANCHES := dual dual_sor dual_alike dual_alike_sor dual_alike_sor:lam=1
 PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop
@@ -166,9 +153,9 @@ OTHERS := fedprox fedas lcfed client_tailored hydra pfedlora pfedsam fedmsa
 evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised methods on phantoms (about five hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
 	$(BIN)/fedlora compare $(SOR_REST) $(BOTH) --leakage --out runs/sor_rest
-	$(BIN)/fedlora compare $(SOR_REST) $(call CELL,0,0) --out runs/sor_rest_none
-	$(BIN)/fedlora compare $(SOR_REST) $(call CELL,1,0) --out runs/sor_rest_appearance
-	$(BIN)/fedlora compare $(SOR_REST) $(call CELL,0,1) --out runs/sor_rest_supervision
+	$(BIN)/fedlora compare $(SOR_REST) $(SOR_MORE) $(call CELL,0,0) --out runs/sor_rest_none
+	$(BIN)/fedlora compare $(SOR_REST) $(SOR_MORE) $(call CELL,1,0) --out runs/sor_rest_appearance
+	$(BIN)/fedlora compare $(SOR_REST) $(SOR_MORE) $(call CELL,0,1) --out runs/sor_rest_supervision
 	$(BIN)/fedlora compare $(BRANCHES) $(BOTH) --leakage --out runs/sor_branches
 	$(BIN)/python -m fedlora_mini.experiments.counterfactual runs/counterfactual.jsonl && cp runs/counterfactual.jsonl results/
 	$(BIN)/fedlora compare fedavg fedbn $(RESFIM) $(call CELL,1,0) --out runs/resfim_appearance
@@ -181,15 +168,19 @@ evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised me
 ALL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 encoder_local decoder_local \
        dual
 # Each split searches on its own validation images, so that no test image takes part.
+comma := ,
 REAL := --threads 1 --search-lr 3e-3,1e-2 --eval-every 0
 GLIOMAS := --data lgg --size 64 --steps 8 --batch 4 --seeds 0-5 $(REAL)
-POLYPS := --data polypgen --model efficientnet --base imagenet --size 64 --steps 12 --batch 4 --seeds 0-3 $(REAL)
+POLYPS := --data polypgen --model efficientnet --base imagenet --size 64 --steps 12 --batch 4 --seeds 0-5 $(REAL)
+NUCLEI := --data nuclei --seeds 0-5 --option per_site=250 --option val=60 $(REAL)
+# arm:rounds, for which the arm sends what IAT sends in ten
+TEN := iat:10 iat_own_head:10 dual:7 fedit:7 fedsa:11 inverse_fedsa:16 anti_own_head:19
 # $(1) a set, $(2) its settings, $(3) arm:rounds, for which the arm sends what IAT sends in eight
 EQUAL_BYTES = for pair in $(3); do $(BIN)/fedlora compare $$(echo $$pair | cut -d: -f1) $(2) \
 	  --rounds $$(echo $$pair | cut -d: -f2) --out runs/$(1)_$$pair || exit 1; done; \
 	  (grep -hE '"method": "iat(_own_head)?",' runs/hospitals_$(1)/results.jsonl; \
 	  for pair in $(3); do cat runs/$(1)_$$pair/results.jsonl; done) > results/hospitals_$(1)_bytes.jsonl
-evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas, polyps (about four hours on one core)
+evidence-hospitals: $(READY) ## run again the assignments at real sites (about eight hours on one core)
 	$(BIN)/fedlora data prepare lgg --size 64  # Kaggle asks for a login: see data_scripts/lgg.py
 	$(BIN)/fedlora compare $(ALL) $(GLIOMAS) --rounds 8 --out runs/hospitals_lgg
 	$(BIN)/fedlora compare pooled $(GLIOMAS) --rounds 8 --batch 16 --out runs/pooled_lgg
@@ -202,12 +193,19 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites: gliomas
 	$(call EQUAL_BYTES,polypgen,$(POLYPS),fedit:5 dual:5 inverse_fedsa:10 fedsa:13 anti_own_head:17)
 	$(BIN)/fedlora compare local fedit fedsa inverse_fedsa iat_own_head anti_own_head --rounds 8 --model minisam --base auto \
 	  $(subst --model efficientnet --base imagenet,,$(POLYPS)) --out runs/hospitals_polypgen_minisam
-	for name in hospitals_lgg_rank8 hospitals_polypgen_rank8 hospitals_polypgen_minisam; do \
-	  cp runs/$$name/results.jsonl results/$$name.jsonl; done
-	for name in lgg polypgen; do cat runs/hospitals_$$name/results.jsonl runs/pooled_$$name/results.jsonl \
-	  > results/hospitals_$$name.jsonl; done
 	$(BIN)/fedlora data fetch nuclei
+	$(BIN)/fedlora compare $(ALL) anti_iat $(NUCLEI) --out runs/hospitals_nuclei
+	$(BIN)/fedlora compare pooled $(NUCLEI) --batch 32 --out runs/pooled_nuclei
+	$(BIN)/fedlora compare local fedit $(NUCLEI) --rank 8 --out runs/hospitals_nuclei_rank8
+	for pair in $(TEN); do $(BIN)/fedlora compare $$(echo $$pair | cut -d: -f1) --rounds $$(echo $$pair | cut -d: -f2) \
+	  $(subst --search-lr 3e-3$(comma)1e-2,--lr 5e-3,$(NUCLEI)) --out runs/nuclei_$$pair || exit 1; done
+	for pair in $(TEN); do cat runs/nuclei_$$pair/results.jsonl; done > results/hospitals_nuclei_bytes.jsonl
+	for name in lgg_rank8 polypgen_rank8 polypgen_minisam nuclei_rank8; do \
+	  cp runs/hospitals_$$name/results.jsonl results/hospitals_$$name.jsonl; done
+	for name in lgg polypgen nuclei; do cat runs/hospitals_$$name/results.jsonl runs/pooled_$$name/results.jsonl \
+	  > results/hospitals_$$name.jsonl; done
 	$(BIN)/python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl
+	rm -f runs/nearness.jsonl && $(BIN)/python -m fedlora_mini.experiments.nearness runs/nearness.jsonl && cp runs/nearness.jsonl results/
 
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1

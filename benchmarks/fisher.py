@@ -5,8 +5,9 @@ from timing import Row, compare, main
 
 from fedlora_mini.adapters import prepare, trainable
 from fedlora_mini.adapters.base import call
+from fedlora_mini.adapters.features import in_use
 from fedlora_mini.data.base import Split
-from fedlora_mini.federation.fisher import diagonal_fisher, log_loss
+from fedlora_mini.federation.fisher import diagonal_fisher, log_loss, mapped_gradients
 from fedlora_mini.models import zoo
 
 SETTINGS = (("minisam", 32), ("minisam", 64), ("unet", 64))
@@ -31,13 +32,25 @@ def measure() -> list[Row]:
                 torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
 
             def one_by_one(model=model, state=state, data=data) -> None:
-                for i in range(BATCH):
-                    diagonal_fisher(model, state, Split(data.images[i : i + 1], data.masks[i : i + 1]), batch=1)
+                total = {name: torch.zeros_like(value) for name, value in state.items()}
+                with in_use(model):
+                    for x, y in zip(data.images.split(1), data.masks.split(1), strict=True):
+                        leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
+                        loss = log_loss(call(model, leaves, x), y).sum()
+                        found = torch.autograd.grad(loss, list(leaves.values()))
+                        for name, g in zip(leaves, found, strict=True):
+                            total[name] += g.square()
+
+            def mapped(model=model, state=state, data=data) -> None:
+                with in_use(model):
+                    found = mapped_gradients(model, state, data.images, data.masks)
+                _ = {name: g.square().sum(0) for name, g in found.items()}
 
             def ours(model=model, state=state, data=data) -> None:
                 diagonal_fisher(model, state, data, batch=BATCH)
 
-            arms = {"one image at a time": one_by_one, "ours": ours, "the batch's mean, squared": batched}
+            arms = {"one image at a time": one_by_one, "a gradient mapped over images": mapped}
+            arms |= {"ours": ours, "the batch's mean, squared": batched}
             what = "rank 4" if adapter == "lora" else "all weights"
             rows += compare(f"{network}, {side} px, batch {BATCH}, {what}", "one image at a time", arms, 7, memory=True)
     return rows

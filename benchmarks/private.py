@@ -120,7 +120,7 @@ def measure() -> list[Row]:
     """What does a private step (a gradient per image, clipping, noise) cost beside a non-private one?"""
     rows = []
     for name, size in (("minisam", 48), ("unet", 64), ("swin_unetr", 64)):
-        for n in (8, 32):
+        for n in (8, 16, 32):
             g = torch.Generator().manual_seed(0)
             x = torch.rand(n, 3, size, size, generator=g)
             y = (x.mean(1) > 0.5).to(torch.uint8)

@@ -47,8 +47,8 @@ QUESTIONS = (
     Question(
         "fisher",
         note="pFL-ResFIM's score. An adapter's factors take one backward pass a batch, with a gradient an image; a "
-        "network's own weights go one image at a time. The last arm is smaller than the Fisher diagonal and no "
-        "substitute for it: it shows what a plain pass costs.",
+        "network's own weights have the gradient of one image mapped over the batch. The last arm is smaller than the "
+        "Fisher diagonal and no substitute for it: it shows what a plain pass costs.",
     ),
     Question(
         "filters",

@@ -112,17 +112,58 @@ def test_data_check_lists_problems_and_says_so_in_its_exit_status(tmp_path, caps
         (["run", "fedit", "--data", "/nowhere/at/all"], "/nowhere/at/all"),
         (["run", "fedit", "--device", "tpu"], "unknown device 'tpu'"),
         (["run", "fedit", "--option", "per_site"], "NAME=VALUE"),
+        (["run", "fedit", "--sigma", "1", "--micro", "0"], "micro must be at least 1, got 0"),
         (["compare", "local", "--seeds", "x"], "seeds 'x'"),
         (["compare", "local", "--search-on", "own"], "Did you mean 'own-split'?"),
         (["report", "/nowhere"], "holds no result"),
         (["data", "fetch", "phantom"], "nuclei"),
         (["data", "show"], "needs a name"),
+        (["data", "check", "phantom"], "'phantom' is a built-in data set"),
+        (["data", "prepare", "nuclei", "--size", "0"], "'nuclei' has no size 0"),
+        (["data", "fetch", "nuclei", "--size", "20"], "'nuclei' has no size 20"),
+        (["data", "show", "phantom", "--seed", "-1"], "seed is a whole number"),
+        (["data", "show", "phantom", "--seed", str(2**64)], "seed is a whole number"),
+        (["data", "show", "phantom", "--option", "per_site=abc"], "'per_site' of data set 'phantom'"),
+        (["run", "fedprox", "--change", "mu=abc"], "setting 'mu'"),
+        (["run", "resfim", "--change", "tau=2"], "tau must be in [0, 1]"),
     ],
 )
 def test_bad_input_is_one_line_and_no_traceback(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("fedlora: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("out", ["/nope/x.png", "x.xyz"])
+def test_a_gallery_that_cannot_be_written_is_one_line(out, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--size", "16", "--option", "per_site=2", "--option", "val=1", "--option", "test=1"]
+    assert main(["data", "show", "phantom", *tiny, "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fedlora: cannot write --out '{out}'") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        ("list", "ready"),
+        ("fetch", "unless that is done"),
+        ("prepare", "made anew"),
+        ("show", "draws the splits"),
+        ("check", "before anything trains"),
+    ],
+)
+def test_every_data_action_has_help_of_its_own(action, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", action, "--help"])
+    assert stop.value.code == 0 and said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("words", [["list", "foo"], ["check", "x", "--size", "32"], ["list", "--seed", "1"]])
+def test_a_data_action_refuses_what_it_does_not_read(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", *words])
+    assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["compare"], ["report"], ["data"], ["pretrain"]])

@@ -13,7 +13,7 @@ PACKAGE = Path(fedlora_mini.__file__).parent
 
 # Each part may import itself and what stands before it.
 ORDER = [
-    ["chance", "errors", "picture"],
+    ["accepted", "chance", "errors", "picture"],
     ["state", "thin"],
     ["data"],
     ["losses"],

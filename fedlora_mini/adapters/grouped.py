@@ -63,7 +63,15 @@ def _is_factor(name: str, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def check_groupable(modules: Mapping[str, nn.Module], names: Collection[str]) -> None:
-    """Raise unless every name is that of a factor of an unmerged adapter, and no layer mixes the batch."""
+    """Raise unless no layer mixes the batch, and every name is that of a factor of an unmerged adapter.
+
+    Batch norms in eval mode, as `freeze` leaves them, use stored statistics and mix nothing.
+    """
+    for path, module in modules.items():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
+            raise FedloraError(
+                f"batch norm '{path}' mixes the samples of a batch by its statistics; call freeze or eval first"
+            )
     for name in names:
         path = name.rpartition(".")[0]
         if not _is_factor(name, modules):
@@ -72,6 +80,3 @@ def check_groupable(modules: Mapping[str, nn.Module], names: Collection[str]) ->
             )
         if modules[path].merged:
             raise FedloraError(f"the adapter at '{path}' is merged: its factors do nothing; call unmerge(model)")
-    for path, module in modules.items():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
-            raise FedloraError(f"'{path}' mixes the samples of a batch by its statistics; call freeze or eval first")

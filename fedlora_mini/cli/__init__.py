@@ -10,17 +10,23 @@ from collections.abc import Callable, Sequence
 from fedlora_mini.cli import audit, fewshot, lists, pretrain, private, reports, runs
 from fedlora_mini.errors import FedloraError
 
+RESUMED = {"run": "round", "compare": "round", "private": "round", "fewshot": "run"}
+"""Command -> what it goes on from when it is given again."""
+
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their help."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser("fedlora", description="Federated low-rank adaptation for medical segmentation.")
+    what = "Federated low-rank adaptation for medical segmentation."
+    top = argparse.ArgumentParser("fedlora", description=what, allow_abbrev=False)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
         name: str, act: Callable[[argparse.Namespace], int | None], text: str, epilog: str = ""
     ) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text, epilog=epilog, formatter_class=raw)
+        made = commands.add_parser(
+            name, help=text, description=text, epilog=epilog, formatter_class=raw, allow_abbrev=False
+        )
         made.set_defaults(act=act)
         return made
 
@@ -30,7 +36,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 1 if `data check` found problems; 2 for bad input, told in one line; 130 when interrupted."""
+    """Exit status 0; 1 if `data check` found problems; 2 for bad input, told in one line; 130 when interrupted.
+
+    A file or folder that the operating system does not let us read or write is bad input.
+    """
     args = parser().parse_args(argv)
     try:
         return args.act(args) or 0
@@ -38,7 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fedlora: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nfedlora: interrupted; the same command goes on from the last finished round", file=sys.stderr)
+        last = RESUMED.get(args.command, "")
+        told = f"; the same command goes on from the last finished {last}" if last else ""
+        print(f"\nfedlora: interrupted{told}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        print(
+            f"fedlora: '{error.filename}': {error.strerror}" if error.filename else f"fedlora: {error}", file=sys.stderr
+        )
+        return 2

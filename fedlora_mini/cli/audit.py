@@ -5,6 +5,7 @@ import sys
 
 from fedlora_mini.cli.settings import Add
 from fedlora_mini.cli.shown import print_columns
+from fedlora_mini.errors import FedloraError
 
 
 def audit_command(args: argparse.Namespace) -> int:
@@ -12,8 +13,17 @@ def audit_command(args: argparse.Namespace) -> int:
 
     Status 1 if it is accused, or if one of the three is not caught.
     """
-    from fedlora_mini.experiments.audit import misjudged, report
+    from fedlora_mini.experiments.audit import RIGHT, convictable, misjudged, report, suspects
+    from fedlora_mini.experiments.config import LARGEST_EPSILON
 
+    if not 0 < args.epsilon <= LARGEST_EPSILON:
+        raise FedloraError(f"--epsilon must be positive and at most {LARGEST_EPSILON:g}, got {args.epsilon}")
+    right = suspects(args.epsilon, args.delta, args.q, args.steps)[RIGHT]
+    if args.games >= 8 and args.canaries >= 10 and not convictable(right, args.games, args.canaries):
+        raise FedloraError(
+            f"--games {args.games} and --canaries {args.canaries} are too few to convict anyone of more than epsilon "
+            f"{args.epsilon:g}, even by guesses that are all right: take more"
+        )
     found = report(args.epsilon, args.delta, args.q, args.steps, args.games, args.canaries, seed=args.seed)
     numbers = ("many runs", "many runs, Gaussian", "one run", "FPR", "TPR", "allowed")
     rows = [("mechanism", "claimed", "releases", "many runs", "same, Gaussian", *numbers[2:], "by", "caught")]
@@ -35,9 +45,9 @@ def register(add: Add) -> None:
     """The command and its options."""
     option = add("audit", audit_command, "attacks on the private mechanism: does it keep its epsilon?").add_argument
     option("--epsilon", type=float, default=3.0, help="what it claims [3]")
-    option("--delta", type=float, default=1e-5)
+    option("--delta", type=float, default=1e-5, help="at which it claims that [1e-5]")
     option("--q", type=float, default=1.0, help="sampling rate [1]")
     option("--steps", type=int, default=4, help="releases [4]")
     option("--games", type=int, default=4000, help="runs with one canary or none [4000]")
     option("--canaries", type=int, default=1000, help="canaries of the one run [1000]")
-    option("--seed", type=int, default=0)
+    option("--seed", type=int, default=0, help="draws the noise, the samples and who is in [0]")

@@ -1,11 +1,11 @@
 """`fedlora fewshot`: a new structure from a few images, from the command line."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from fedlora_mini.cli.settings import Add, options
+from fedlora_mini.cli.settings import Add, folder_of, options, parse_rates
 from fedlora_mini.cli.shown import print_columns
+from fedlora_mini.errors import FedloraError
 
 EXAMPLES = """examples:
   fedlora fewshot --list                                     tasks and arms
@@ -30,14 +30,18 @@ def fewshot_command(args: argparse.Namespace) -> None:
         print()
         print_columns([("arm", "title", "adapter"), *((name, row.title, row.adapter) for name, row in ARMS.items())])
         return
-    tasks, arms, shots = args.tasks.split(","), args.arms or list(ARMS), parse_seeds(args.shots)
-    splits, folder = parse_seeds(args.splits), Path(args.out or f"runs/fewshot-{args.tasks.replace(',', '-')}")
-    rates = [float(rate) for rate in (args.search_lr or str(args.lr)).split(",")]
+    if args.search_lr is not None and args.lr is not None:
+        raise FedloraError("--lr and --search-lr: give the rate, or a grid for its search")
+    tasks, arms, shots = args.tasks.split(","), args.arms or list(ARMS), parse_seeds(args.shots, "shots")
+    splits = parse_seeds(args.splits, "splits")
+    folder = folder_of(args.out or f"runs/fewshot-{args.tasks.replace(',', '-')}")
+    rates = [5e-3 if args.lr is None else args.lr]
+    if args.search_lr is not None:
+        rates = parse_rates(args.search_lr, "--search-lr")
     settings = {"steps": args.steps, "batch": args.batch, "patience": args.patience, "threads": args.threads}
-    settings |= {"changes": tuple(options(args.change).items())}
-    searched = parse_seeds(args.search_splits)
+    settings |= {"changes": tuple(options(args.change, "--change").items())}
+    searched = parse_seeds(args.search_splits, "splits")
     looked = len(arms) * len(rates) * len(searched) * (len(rates) > 1)
-    bar = tqdm(total=len(tasks) * len(arms) * len(shots) * len(splits) + looked, unit="run", disable=None)
 
     def on_run(record: dict[str, Any]) -> None:
         bar.update()
@@ -45,8 +49,9 @@ def fewshot_command(args: argparse.Namespace) -> None:
         bar.set_postfix_str(f"{own['task']} {own['arm']} {own['shots']} shots: Dice {record['dice']:.3f}")
 
     study = Study(tasks, arms, shots, splits, folder, rates, settings, on_run, searched)
-    results = study.run()
-    bar.close()
+    total = len(tasks) * len(arms) * len(shots) * len(splits) + looked
+    with tqdm(total=total, unit="run", disable=None) as bar:
+        results = study.run()
     text, pictures = write_report(results, folder)
     print(text.read_text(encoding="utf-8"))
     print(f"tables: {text}\npictures: {', '.join(map(str, pictures))}")
@@ -62,10 +67,10 @@ def register(add: Add) -> None:
     option("--splits", default="0-2", help="such as 0-7: other labelled images and test images [0-2]")
     option("--search-lr", metavar="RATES", help="a grid, the same for every arm, on the tuning task")
     option("--search-splits", default="1000-1002", help="splits of the tuning task [1000-1002]")
-    option("--lr", type=float, default=5e-3, help="one rate for all arms, without --search-lr [5e-3]")
+    option("--lr", type=float, help="one rate for all arms, without --search-lr [5e-3]")
     option("--steps", type=int, default=120, help="at most so many steps [120]")
-    option("--batch", type=int, default=4)
+    option("--batch", type=int, default=4, help="images a step, at most the shots [4]")
     option("--patience", type=int, default=40, help="steps without a fall of the loss that end training [40]")
     option("--change", action="append", default=[], metavar="NAME=VALUE", help="an option of the regulariser")
-    option("--threads", type=int, default=1)
+    option("--threads", type=int, default=1, help="CPU threads [1]")
     option("--out", metavar="FOLDER", help="where to write [runs/fewshot-…]")

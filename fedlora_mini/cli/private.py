@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedlora_mini.cli.settings import Add
+from fedlora_mini.cli.reports import print_stopped
+from fedlora_mini.cli.settings import Add, folder_of, parse_rates
 from fedlora_mini.cli.shown import progress
 from fedlora_mini.errors import FedloraError
 
@@ -31,8 +32,10 @@ def private_command(args: argparse.Namespace) -> None:
     from fedlora_mini.data import options
     from fedlora_mini.experiments.compare import parse_seeds
     from fedlora_mini.experiments.config import RunConfig
-    from fedlora_mini.experiments.private import PARTS, PrivateStudy, edges, table, write
+    from fedlora_mini.experiments.lines import add_lines
+    from fedlora_mini.experiments.private import PARTS, PrivateStudy, edges, table
     from fedlora_mini.experiments.private_sharpness import study as sharpness
+    from fedlora_mini.experiments.report import markdown
 
     if args.list:
         for name, part in PARTS.items():
@@ -43,22 +46,25 @@ def private_command(args: argparse.Namespace) -> None:
     if args.data not in (None, "digits", "mnist"):
         held = {"test_seed": 0} if "test_seed" in options(args.data) else {}  # no search sees a test image
         changes = SEGMENTING | {"data_options": SEGMENTING["data_options"] | held} | changes
-    rates = [float(rate) for rate in args.rates.split(",")] if args.rates else None
-    folder = Path(args.out or f"runs/private-{Path(args.data or 'study').stem}")
+    rates = None if args.rates is None else parse_rates(args.rates, "--rates")
+    told = ("size", "rounds", "batch", "rates")  # what sets these differently has a folder of its own
+    own = "".join(f"-{name}-{getattr(args, name)}" for name in told if getattr(args, name) is not None)
+    folder = folder_of(args.out or f"runs/private-{Path(args.data or 'study').stem}{own}")
 
     def on_run(config: RunConfig) -> Callable[[dict[str, Any]], None]:
         return progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)
 
     parts = list(PARTS) if args.parts == "all" else args.parts.split(",")
+    if args.sharpness and not {"main", "half"} <= set(parts):
+        raise FedloraError("--sharpness looks at runs of the parts 'main' and 'half': name both among --parts")
     study = PrivateStudy(parts, parse_seeds(args.seeds), folder, changes, rates, on_run)
     found = study.run()
     if args.sharpness:
-        if not {"main", "half"} <= set(found):
-            raise FedloraError("--sharpness looks at runs of the parts 'main' and 'half': name both among --parts")
         for of, records in sharpness(found).items():
-            write(folder / f"private_sharpness{'' if of == 'main' else f'_{of}'}.jsonl", records)
+            add_lines(folder / f"private_sharpness{'' if of == 'main' else f'_{of}'}.jsonl", records)
     for name, results in found.items():
-        print(f"{name}: {PARTS[name].summary}\n\n{table(results).to_markdown()}\n")
+        print(f"{name}: {PARTS[name].summary}\n\n{markdown(table(results).fillna('–'))}\n")
+        print_stopped(results)
     for line in edges(study.searched):
         print(line)
     print(f"results: {folder}/private_*.jsonl")

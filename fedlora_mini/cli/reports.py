@@ -4,14 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedlora_mini.cli.settings import Add
+from fedlora_mini.cli.settings import Add, folder_of
 
 
 def report_command(args: argparse.Namespace) -> None:
     """Tables and a figure of finished runs."""
     from fedlora_mini.experiments.report import read_results
 
-    report(read_results([Path(run) for run in args.runs]), Path(args.out))
+    folder = folder_of(args.out)
+    report(read_results([Path(run) for run in args.runs]), folder)
 
 
 def report(results: list[dict[str, Any]], folder: Path) -> None:
@@ -21,6 +22,15 @@ def report(results: list[dict[str, Any]], folder: Path) -> None:
     text, picture = write_report(results, folder)
     print(text.read_text(encoding="utf-8"))
     print(f"tables: {text}\nfigure: {picture}")
+
+
+def print_stopped(results: list[dict[str, Any]]) -> None:
+    """One line for every run that its privacy budget ended early."""
+    from fedlora_mini.experiments.arms import arm_of
+
+    for r in results:
+        if why := r.get("privacy", {}).get("stopped"):
+            print(f"stopped: {arm_of(r['config'])} seed {r['config']['seed']}: {why}")
 
 
 def register(add: Add) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedlora_mini.cli.reports import report
-from fedlora_mini.cli.settings import Add, add_run_settings, settings
+from fedlora_mini.cli.reports import print_stopped, report
+from fedlora_mini.cli.settings import Add, add_run_settings, folder_of, parse_rates, settings
 from fedlora_mini.cli.shown import print_columns, progress
 
 RUN_EXAMPLES = """examples:
@@ -45,9 +45,10 @@ def run_command(args: argparse.Namespace) -> None:
     from fedlora_mini.experiments.run import run
 
     config = RunConfig(method=args.method, seed=args.seed, **settings(args))
-    folder = Path(args.out or f"runs/{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}")
+    folder = folder_of(args.out or f"runs/{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}")
     result = run(config, folder, progress(f"{config.method} seed {config.seed}", config.rounds))
     print(markdown(summary([result])))
+    print_stopped([result])
     print(f"\nrun folder: {folder}")
 
 
@@ -58,7 +59,9 @@ def network_command(args: argparse.Namespace) -> int:
     from fedlora_mini.experiments.report import privacy
 
     config = RunConfig(method=args.method, seed=args.seed, **settings(args))
-    folder = Path(args.out or f"runs/network-{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}")
+    folder = folder_of(
+        args.out or f"runs/network-{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}"
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the processes then, too
     try:
         bar = progress(f"{config.method} seed {config.seed}", config.rounds)
@@ -75,41 +78,48 @@ def network_command(args: argparse.Namespace) -> int:
     if told := privacy([result]):
         print()
         print_columns([tuple(told), tuple(told.values())])
+    print_stopped([result])
     print(f"\nserver state: sha256 {result['server_sha256']}\nrun folder: {folder}")
     return 0
 
 
 def compare_command(args: argparse.Namespace) -> None:
     """Several methods, several seeds, paired differences."""
-    from fedlora_mini.errors import unknown
+    from fedlora_mini.errors import FedloraError, unknown
     from fedlora_mini.experiments.compare import SEARCH_ON, Comparison, parse_seeds
     from fedlora_mini.experiments.config import RunConfig
 
     given = settings(args)
     if args.search_on not in (None, *SEARCH_ON):
         raise unknown("place to search a rate on", args.search_on, SEARCH_ON)
+    if args.search_lr is not None and args.lr is not None:
+        raise FedloraError("--lr and --search-lr: give the rate, or a grid for its search")
+    if args.search_on is not None and args.search_lr is None:
+        raise FedloraError("--search-on needs --search-lr, the grid of rates")
     on = None if args.search_on is None else SEARCH_ON[args.search_on]
     name = f"runs/compare-{Path(given.get('data', 'phantom')).stem}-{RunConfig(**given).key()}"
-    folder = Path(args.out or name)
-    rates = [float(rate) for rate in args.search_lr.split(",")] if args.search_lr else []
+    folder = folder_of(args.out or name)
+    rates = [] if args.search_lr is None else parse_rates(args.search_lr, "--search-lr")
     seeds = parse_seeds(args.seeds)
 
     def on_run(config: RunConfig) -> Callable[[dict[str, Any]], None]:
         return progress(f"{config.method} seed {config.seed} lr {config.lr:g}", config.rounds)
 
-    report(Comparison(args.methods, seeds, given, folder, rates, on_run, on).run(), folder)
+    results = Comparison(args.methods, seeds, given, folder, rates, on_run, on).run()
+    report(results, folder)
+    print_stopped(results)
 
 
 def register(add: Add) -> None:
     """Three commands, with the same settings."""
     run = add("run", run_command, "one method, one seed", RUN_EXAMPLES)
     run.add_argument("method", help="a row of `fedlora methods`")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=int, default=0, help="draws data, start, batches and clients [0]")
     add_run_settings(run)
 
     network = add("network", network_command, "one method over Flower: one process per client", NETWORK_EXAMPLES)
     network.add_argument("method", help="a row of `fedlora methods`")
-    network.add_argument("--seed", type=int, default=0)
+    network.add_argument("--seed", type=int, default=0, help="draws data, start, batches and clients [0]")
     network.add_argument("--timeout", type=float, default=600.0, metavar="S", help="wait for a node so long [600]")
     add_run_settings(network)
 

@@ -1,7 +1,10 @@
 """What `run`, `network` and `compare` may set: options of the parser, and the `RunConfig` settings they give."""
 
 import argparse
+import math
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedlora_mini.errors import FedloraError
@@ -9,18 +12,44 @@ from fedlora_mini.errors import FedloraError
 Add = Callable[..., argparse.ArgumentParser]
 """(name, what it calls, help, examples) -> a command's parser."""
 
+PRIVATE = ("unit", "delta", "accountant", "clip", "clipping", "micro", "quantile", "secure")
+"""Options that mean nothing without --epsilon or --sigma."""
 
-def options(pairs: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE of repeated options."""
+
+def options(pairs: Sequence[str], option: str = "--option") -> dict[str, Any]:
+    """NAME=VALUE of a repeated option."""
     from fedlora_mini.experiments.arms import value
 
     out = {}
     for pair in pairs:
         name, found, given = pair.partition("=")
         if not found:
-            raise FedloraError(f"--option '{pair}' is not understood; accepted: NAME=VALUE")
+            raise FedloraError(f"{option} '{pair}' is not understood; accepted: NAME=VALUE")
         out[name.replace("-", "_")] = value(given)
     return out
+
+
+def parse_rates(text: str, option: str) -> list[float]:
+    """ "1e-3,3e-3" -> [0.001, 0.003]."""
+    try:
+        rates = [float(rate) for rate in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates) or len(set(rates)) != len(rates):
+        raise FedloraError(
+            f"{option} '{text}' is not understood; accepted: positive numbers such as 1e-3,3e-3, none twice"
+        )
+    return rates
+
+
+def folder_of(text: str) -> Path:
+    """The folder to write to; it need not be there. Raises, before anything runs, if it cannot be written to."""
+    folder = Path(text)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is a file"
+        raise FedloraError(f"cannot write to '{text}': '{there}' {why}; accepted: a folder, or the name of a new one")
+    return folder
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -28,12 +57,23 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "data sites unseen size dirichlet clients model base rank alpha rounds steps batch lr optimiser weight_decay "
         "fraction execution device precision threads eval_every passes epsilon unit sigma delta accountant clip "
-        "clipping quantile"
+        "clipping micro quantile"
     )
     given = {name: getattr(args, name) for name in names.split() if getattr(args, name, None) is not None}
-    if args.ranks:
+    if args.epsilon is None and args.sigma is None:
+        for name in PRIVATE:
+            if getattr(args, name) not in (None, False):
+                raise FedloraError(f"--{name} needs --epsilon or --sigma: without one of them nothing is private")
+    if args.quantile is not None and args.unit != "client":
+        raise FedloraError("--quantile needs --unit client: an image's gradients have a fixed C")
+    if args.steps is not None and args.passes is not None:
+        raise FedloraError("--steps and --passes: give the local steps, or how often they go through the data")
+    if args.ranks is not None:
+        if not all(rank.strip().isdecimal() for rank in args.ranks.split(",")):
+            raise FedloraError(f"--ranks '{args.ranks}' is not understood; accepted: whole numbers such as 2,4,8")
         given["ranks"] = [int(rank) for rank in args.ranks.split(",")]
-    given |= {"data_options": options(args.option), "change": options(args.change), "leakage": args.leakage}
+    given |= {"data_options": options(args.option), "change": options(args.change, "--change")}
+    given["leakage"] = args.leakage
     given["secure"] = args.secure
     return given | {"augment": not args.no_augment}
 
@@ -75,6 +115,7 @@ def add_run_settings(parser: argparse.ArgumentParser) -> None:
     add("--clip", type=float, metavar="C", help="largest norm of one image's gradient, or client's change [1]")
     add("--quantile", type=float, help="with --unit client: C follows this quantile of the norms [C stays]")
     add("--clipping", help="flat, per-layer or normalised [flat]")
+    add("--micro", type=int, metavar="N", help="images whose own gradients are held in memory at once [64]")
     add("--secure", action="store_true", help="noise and coins from the operating system: a run cannot be repeated")
     add("--threads", type=int, help="CPU threads [torch's choice]")
     add("--eval-every", type=int, default=2, metavar="N", help="validation Dice every N rounds, 0 = never [2]")

@@ -86,6 +86,21 @@ class Dataset:
         """ "segmentation", or "classification" where an image has one label."""
         return "classification" if self.sites[0].train.labelled else "segmentation"
 
+    def check(self, channels: int = 3) -> None:
+        """Raise unless a network of so many channels can train on it: one size, float32, labels that are classes."""
+        shape, C = (channels, *self.spatial), len(self.classes)
+        for site in (*self.sites, *self.unseen):
+            for part, split in {"train": site.train, "val": site.val, "test": site.test}.items():
+                where, x, y = f"site '{site.name}' of '{self.name}', {part}", split.images, split.masks
+                if len(x) and (x.shape[1:] != shape or x.dtype != torch.float32):
+                    got = f"{tuple(x.shape[1:])} of {x.dtype}"
+                    raise FedloraError(f"{where}: an image is {shape} of torch.float32 in [0, 1], got {got}")
+                if y.is_floating_point():
+                    raise FedloraError(f"{where}: labels are whole numbers, such as torch.uint8, got {y.dtype}")
+                if len(odd := y[(y != IGNORE) & ((y < 0) | (y >= C))]):
+                    told = f"labels are 0 to {C - 1}, numbers of `classes`, or {IGNORE} where nobody is judged"
+                    raise FedloraError(f"{where}: {told}; got {int(odd[0])}")
+
     def __post_init__(self) -> None:
         if not self.sites:
             raise FedloraError(f"data set '{self.name}' has no sites")

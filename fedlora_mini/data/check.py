@@ -11,16 +11,21 @@ from fedlora_mini.data.decode import read_pair
 from fedlora_mini.data.layout import Layout, open_layout
 from fedlora_mini.errors import FedloraError
 
+LEAST = 3  # images of a site: one to train, one to validate, one to test
 Visit = Callable[[str, str, np.ndarray, np.ndarray], None]  # site, stem, slices (S, H, W, 3), labels (S, H, W)
 
 
 @dataclass(frozen=True)
 class Report:
-    """`problems`: one line each. `sites`: counts, sizes, label values and share of empty masks of what is readable."""
+    """`problems`: one line each. `sites`: counts, sizes, label values and share of empty masks of what is readable.
+
+    warnings: what trains, but perhaps not as it is meant.
+    """
 
     path: str
     problems: tuple[str, ...]
     sites: dict[str, dict[str, Any]]
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -37,7 +42,7 @@ class Report:
                 f"  {name}: {_count(site['images'], 'image')}{slices}, size {sizes or 'none'}, "
                 f"labels {site['labels']}, empty masks {site['empty_share']:.0%}"
             )
-        return "\n".join([*lines, *(f"  - {line}" for line in self.problems)])
+        return "\n".join([*lines, *(f"  - {p}" for p in self.problems), *(f"  warning: {w}" for w in self.warnings)])
 
 
 def check(path: str | Path) -> Report:
@@ -87,6 +92,9 @@ def examine(layout: Layout, visit: Visit | None = None, progress: bool = False) 
                 problems.append(f"site '{site}' is empty: none of its images can be read")
             elif pairs and not labels - {0}:
                 problems.append(f"site '{site}': no mask has any foreground")
+            if 0 < seen["images"] < LEAST:
+                count = _count(seen["images"], "image")
+                problems.append(f"site '{site}' has {count}: three splits need at least {LEAST}")
             sites[site] = {
                 "images": seen["images"],
                 "slices": seen["slices"],
@@ -94,7 +102,17 @@ def examine(layout: Layout, visit: Visit | None = None, progress: bool = False) 
                 "labels": sorted(labels),
                 "empty_share": seen["empty"] / max(seen["slices"], 1),
             }
-    return Report(str(layout.root), tuple(problems), sites)
+    return Report(str(layout.root), tuple(problems), sites, _unlike(sites))
+
+
+def _unlike(sites: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """A line where sites hold other labels than others; 0/1 here and 0/255 there are the same."""
+    found = {site: set(summary["labels"]) - {0} for site, summary in sites.items()}
+    values = [labels for labels in found.values() if labels]
+    if all(labels == values[0] for labels in values) or all(labels in ({1}, {255}) for labels in values):
+        return ()
+    told = "; ".join(f"{site} {', '.join(map(str, sorted(labels)))}" for site, labels in found.items() if labels)
+    return (f"sites differ in their labels, and every value is a class of its own: {told}",)
 
 
 def _count(n: int, word: str) -> str:

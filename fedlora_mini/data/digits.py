@@ -32,8 +32,12 @@ def _tensors(images: Any, labels: Any, size: int, largest: float) -> Split:
 
 
 def _digits(size: int) -> Split:
-    from sklearn.datasets import load_digits as read
-
+    try:
+        from sklearn.datasets import load_digits as read
+    except ImportError:
+        raise FedloraError(
+            "data set 'digits' needs the package scikit-learn, which is missing: pip install scikit-learn"
+        ) from None
     raw = read()
     return _tensors(raw.images, raw.target, size, 16.0)
 

@@ -116,7 +116,10 @@ def obtain_packed(
 def download(url: str, target: Path, verify: Verify, *, attempts: int = 5, pause: float = 1.0) -> Path:
     """Fetches `url` to `target` through `target.part`; resumes, gives up after `attempts` without progress."""
     part = target.with_name(target.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FedloraError(f"cannot write {target} ({error.strerror}); FEDLORA_HOME names the folder to use") from None
     failures = 0
     while True:
         before = part.stat().st_size if part.exists() else 0

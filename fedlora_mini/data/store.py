@@ -12,9 +12,12 @@ from fedlora_mini.errors import FedloraError
 
 
 def save_npz(path: Path, **arrays: Any) -> Path:
-    """Atomic: another process sees the old file, the new file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    """Atomic: another process sees the old file, the new file or none. Raises where the folder cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    except OSError as error:
+        raise FedloraError(f"cannot write {path} ({error.strerror}); FEDLORA_HOME names the folder to use") from None
     try:
         with os.fdopen(handle, "wb") as file:
             np.savez_compressed(file, **arrays)

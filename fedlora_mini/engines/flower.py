@@ -44,10 +44,15 @@ def unpack(content: "RecordDict", device: torch.device) -> State:
 
 
 class FlowerEngine:
-    """`nodes[k]` is the Flower id of client k's node; one that has not answered after `timeout` seconds is left out."""
+    """`nodes[k]` is the Flower id of client k's node; one that has not answered after `timeout` seconds is left out.
 
-    def __init__(self, grid: "Grid", nodes: Mapping[int, int], timeout: float, device: torch.device) -> None:
-        self.grid, self.nodes, self.timeout, self.device = grid, nodes, timeout, device
+    untimed: the seconds of a round are not told, see `LocalEngine.untimed`.
+    """
+
+    def __init__(
+        self, grid: "Grid", nodes: Mapping[int, int], timeout: float, device: torch.device, untimed: bool = False
+    ) -> None:
+        self.grid, self.nodes, self.timeout, self.device, self.untimed = grid, nodes, timeout, device, untimed
         self.heard = dict.fromkeys(nodes, 0)  # client -> the last round whose update arrived
 
     @property
@@ -139,7 +144,12 @@ def client_app(site: Callable[[str, int], Site], code: str) -> "ClientApp":
     app = ClientApp()
 
     def here(message: "Message", context: "Context") -> Site:
-        """The site as it stood after its last answer."""
+        """The site as it stood after its last answer. Raises if the server has heard a later one.
+
+        An answer that the server has not heard may be forgotten with the memory, and what it released with the ledger:
+        this ledger alone keeps no budget. The server's does, which counts what it asked for, answered or not, before it
+        asks again (`experiments.network.rounds`).
+        """
         own = site(context.run_config["config"], context.node_config[CLIENT])
         notes = context.state.get(NOTES, {})
         kept = notes.get("round", 0)

@@ -82,6 +82,11 @@ class LocalEngine:
     def memory(self) -> dict[int, State]:
         return {member.number: member.memory for member in self.members}
 
+    @property
+    def untimed(self) -> bool:
+        """Whether a round's seconds are secret: they grow with its batches, whose sizes secret coins decide."""
+        return self.setting.guard is not None and self.setting.guard.secure
+
     def private(self, name: str) -> bool:
         """Whether a tensor never leaves its client."""
         return self.setting.private(name)

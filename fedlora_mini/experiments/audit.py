@@ -249,6 +249,17 @@ def report(
     return rows
 
 
+def convictable(suspect: Suspect, games: int, canaries: int, confidence: float = 0.95) -> bool:
+    """Whether so many games could convict anyone: whether an attack that is always right would. See `report`."""
+    n, one = games // 4, 1 - (1 - confidence) / 2
+    many = 1 - (1 - one) / 2
+    bounds = (
+        lower_bound(n, n, 0, n, suspect.delta, many),
+        one_run_bound(canaries, canaries, canaries, suspect.delta, one),
+    )
+    return max(bounds) > suspect.claim or against_curve(n, n, 0, n, suspect.account, many).refutes
+
+
 def misjudged(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The mechanisms of a report that are broken and not caught, or right and accused."""
     return [row["mechanism"] for row in rows if row["caught"] == (row["mechanism"] == RIGHT)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.leakage import Watch
 from fedlora_mini.federation import Server
 from fedlora_mini.privacy import Ledger
 from fedlora_mini.state import State
@@ -31,12 +32,16 @@ def check_nothing_released(log: Path) -> None:
         )
 
 
-def save_checkpoint(path: Path, server: Server, engine: LocalEngine, records: list[dict[str, Any]]) -> None:
-    """The server's memory, every client's memory and the records so far. No generator: each is made from its key."""
+def save_checkpoint(
+    path: Path, server: Server, engine: LocalEngine, records: list[dict[str, Any]], watch: Watch | None = None
+) -> None:
+    """What server, clients and watch remember, and the records so far. No generator: each is made from its key."""
     tensors: dict[str, Tensor] = {f"server/{name}": value for name, value in server.state.items()}
     tensors |= {f"products/{name}": value for name, value in server.products.items()}
     for client, state in engine.memory.items():
         tensors |= {f"client {client}/{name}": value for name, value in state.items()}
+    if watch is not None:
+        tensors |= {f"watch/{name}": value for name, value in watch.memory().items()}
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     notes = {
         "round": server.round,
@@ -52,8 +57,10 @@ def save_checkpoint(path: Path, server: Server, engine: LocalEngine, records: li
     os.replace(part, path)
 
 
-def load_checkpoint(path: Path, server: Server, engine: LocalEngine) -> list[dict[str, Any]]:
-    """Put `server` and `engine` back to where they were; returns the records."""
+def load_checkpoint(
+    path: Path, server: Server, engine: LocalEngine, watch: Watch | None = None
+) -> list[dict[str, Any]]:
+    """Put server, engine and watch back to where they were; returns the records."""
     with safe_open(path, framework="pt", device=str(engine.device)) as file:
         notes = json.loads(file.metadata()["notes"])
         parts: dict[str, State] = {}
@@ -63,6 +70,8 @@ def load_checkpoint(path: Path, server: Server, engine: LocalEngine) -> list[dic
     server.state, server.round, server.changed = parts["server"], notes["round"], notes["changed"]
     server.seen, server.ranks = ({int(c): value for c, value in notes[part].items()} for part in ("seen", "ranks"))
     server.products = parts.get("products", {})
+    if watch is not None:
+        watch.resume(parts.get("watch", {}))
     for member in engine.members:
         member.memory = parts[f"client {member.number}"]
         if member.ledger is not None:

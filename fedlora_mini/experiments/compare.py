@@ -1,6 +1,6 @@
 """Several methods, several seeds, one matched budget: run them all, keep one line a run."""
 
-import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,25 +9,31 @@ from typing import Any
 from fedlora_mini.data import DATASETS, Dataset
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import parse_arm
-from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import METRICS, dataset_of
+from fedlora_mini.experiments.lines import add_lines, read_lines
 from fedlora_mini.experiments.run import run
 
 SEARCH_SEED = 1000  # no reported seed: another start, other batches, and where images are simulated other images
+MOST_SEEDS = 10_000
 SEARCH_ON: dict[str, tuple[int, ...]] = {"own-split": (), "other-seed": (SEARCH_SEED,)}
 
 
-def parse_seeds(text: str) -> list[int]:
-    """ "0-2,7" -> [0, 1, 2, 7]."""
+def parse_seeds(text: str, what: str = "seeds") -> list[int]:
+    """ "0-2,7" -> [0, 1, 2, 7]; `what` they are, for an error."""
     seeds: list[int] = []
-    for part in text.split(","):
-        low, _, high = part.strip().partition("-")
-        if not low.isdigit() or (high and not high.isdigit()):
-            raise FedloraError(f"seeds '{text}' are not understood; accepted: numbers and ranges like 0-7 or 0,3,5-6")
-        seeds += range(int(low), int(high or low) + 1)
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise FedloraError(f"seeds '{text}' must be at least one number, none twice")
+    for part in map(str.strip, text.split(",")):
+        if not re.fullmatch(r"[0-9]{1,20}(-[0-9]{1,20})?", part):
+            raise FedloraError(f"{what} '{text}' are not understood; accepted: numbers and ranges like 0-7 or 0,3,5-6")
+        low, _, high = part.partition("-")
+        own = range(int(low), int(high or low) + 1)
+        if not own:
+            raise FedloraError(f"{what} '{text}': '{part}' runs backwards; accepted: ranges like 0-7")
+        if len(seeds) + own.stop - own.start > MOST_SEEDS:
+            raise FedloraError(f"{what} '{text}' are too many; accepted: at most {MOST_SEEDS:,} numbers")
+        seeds += own
+    if len(set(seeds)) != len(seeds):
+        raise FedloraError(f"{what} '{text}' must be at least one number, none twice")
     return seeds
 
 
@@ -71,7 +77,7 @@ class Comparison:
     _data: tuple[int, Dataset] | None = None
 
     def run(self) -> list[dict[str, Any]]:
-        """All results, methods within seeds; also written to `results.jsonl`.
+        """All results, methods within seeds; also written to `results.jsonl`, beside the other runs that it holds.
 
         A record with a searched rate says under "search" which seeds' images chose it, and what each rate scored there.
         """
@@ -81,6 +87,9 @@ class Comparison:
         parsed = [parse_arm(text) for text in self.methods]
         arms = [RunConfig(**self.settings | {"method": name, "change": common | own}) for name, own in parsed]
         on = search_seeds(arms[0]) if self.search_seeds is None else self.search_seeds
+        file = self.folder / "results.jsonl"
+        if file.exists():
+            read_lines(file)  # raises for a damaged one before anything runs
         found: list[Found] = [(config, {}) for config in arms]
         if self.rates and on:
             found = [self._search(config, on) for config in arms]
@@ -89,7 +98,7 @@ class Comparison:
             if self.rates and not on:
                 found = [self._search(config, (seed,)) for config in arms]
             results += [self._one(config.but(seed=seed)) | told for config, told in found]
-        write_atomically(self.folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in results))
+        add_lines(file, results)
         return results
 
     def _search(self, config: RunConfig, seeds: Sequence[int]) -> Found:

@@ -19,6 +19,16 @@ from fedlora_mini.privacy import DPSGD, calibrate
 DEVICES = ("auto", "cpu", "cuda")  # no mps: means and digests are taken in float64, which it lacks
 UNITS = ("image", "client")
 PRECISIONS = ("auto", "float32", "bf16")
+LARGEST_SIDE = 4096  # of an image, in pixels: what memory holds
+WHOLE = {  # setting -> its least and largest number
+    "seed": (0, 2**64 - 1),  # as far as torch's generators go
+    "size": (8, LARGEST_SIDE),
+    "rounds": (0, math.inf),
+    "eval_every": (0, math.inf),
+    "clients": (1, math.inf),
+    "threads": (1, math.inf),
+}
+LARGEST_EPSILON = 1e4  # beyond it accountants overflow, and nothing is hidden
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class RunConfig:
     accountant: str = "pld"
     clip: float = 1.0  # C, the largest norm of one image's gradient, or of one client's change
     clipping: str = "flat"
+    micro: int = 64  # images whose own gradients are held at once: memory and last bits, as with `threads`
     quantile: float | None = None  # with unit "client": C starts at `clip` and follows this quantile of the norms
     secure: bool = False  # noise and coins from the operating system, which no seed repeats
     change: dict[str, Any] = field(default_factory=dict)  # other numbers in the row, such as {"lam": 0.1}
@@ -73,8 +84,7 @@ class RunConfig:
             raise unknown("device", self.device, DEVICES)
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
-        if self.rounds < 0:
-            raise FedloraError(f"rounds must be at least 0, got {self.rounds}")
+        self._check_numbers()
         if self.clients is not None and self.dirichlet is None:
             raise FedloraError("clients needs dirichlet: without it every site is one client")
         self.budget  # noqa: B018  raises for a bad one
@@ -87,6 +97,26 @@ class RunConfig:
                 raise FedloraError(
                     "leakage is read off gradients and changes without noise: leave it out under privacy"
                 )
+
+    def _check_numbers(self) -> None:
+        """Raise for a number that no run can follow."""
+        for name, (least, most) in WHOLE.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                told = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise FedloraError(f"{name} must be {told}, got {value}")
+        for name in ("lr", "alpha", "passes"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise FedloraError(f"{name} must be positive and finite, got {value}")
+        if not 0 < self.fraction <= 1:
+            raise FedloraError(f"the participation fraction must be in (0, 1], got {self.fraction}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise FedloraError(f"weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        if self.epsilon is not None and not 0 < self.epsilon <= LARGEST_EPSILON:
+            raise FedloraError(f"epsilon must be positive and at most {LARGEST_EPSILON:g}, got {self.epsilon}")
+        if self.epsilon is not None and self.sigma is None and self.rounds == 0:
+            raise FedloraError("epsilon needs rounds of at least 1: a run without rounds spends nothing")
 
     @property
     def row(self) -> Method:
@@ -128,7 +158,8 @@ class RunConfig:
 
     def _guarding(self, sigma: float, q: float) -> Guarding:
         budget = math.inf if self.epsilon is None else self.epsilon
-        guard = Guarding(DPSGD(sigma, q, self.clip, self.clipping), budget, self.delta, self.accountant, self.secure)
+        mechanism = DPSGD(sigma, q, self.clip, self.clipping, self.micro)
+        guard = Guarding(mechanism, budget, self.delta, self.accountant, self.secure)
         guard.ledger()  # raises for a bad budget, delta or accountant
         if self.unit == "image":
             guard.check(self.row)

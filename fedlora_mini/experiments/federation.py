@@ -1,6 +1,5 @@
 """A federation in memory: data, model, clients and server of a config, trained round by round and evaluated."""
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -18,6 +18,7 @@ from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.leakage import Watch
+from fedlora_mini.experiments.lines import read_record
 from fedlora_mini.experiments.promise import Promise, guard_of, with_client_privacy
 from fedlora_mini.federation import Server, Update, federate, repartition
 from fedlora_mini.federation.aggregation import AggregationError, aggregation_error
@@ -75,6 +76,7 @@ class Federation:
         row = with_client_privacy(row, config, 1 if row.pooled else len(data.sites))
         device = pick_device(config.device)
         check_task(config.model, data.task)
+        data.check()
         model = load_base(config.model, len(data.classes), data.spatial, config.base, config.seed)
         given = {"rank": config.rank, "alpha": config.alpha}
         given |= {"sites": 1 if row.pooled else len(data.sites)}
@@ -82,7 +84,7 @@ class Federation:
         model = prepare(model, row.adapter, config.seed, **options).to(device)
         start = trainable(model)
         table = keys(model, list(start))
-        if told := row.keeps_nothing(table, config.model):
+        if told := row.keeps_nothing(table, config.model) or row.sends_nothing(table):
             raise FedloraError(told)
         train = [site.train for site in data.sites]
         ranks = config.ranks_of(len(train), row)
@@ -113,10 +115,20 @@ class Federation:
         record, tensors = folder / "result.json", folder / "final.safetensors"
         if missing := [path.name for path in (record, tensors) if not path.is_file()]:
             raise FedloraError(f"'{folder}' holds no finished run: it lacks {', '.join(missing)}")
-        result = json.loads(record.read_text(encoding="utf-8"))
-        federation = cls.build(RunConfig(**result["config"]), data)
+        result = read_record(record)
+        config = RunConfig(**result["config"])
+        try:
+            data = dataset_of(config) if data is None else data
+        except FedloraError as error:
+            told = "a run on a Dataset of your own needs it again: Federation.finished(folder, data=dataset)"
+            raise FedloraError(f"the data '{config.data}' of '{folder}' cannot be loaded ({error}); {told}") from None
+        federation = cls.build(config, data)
         parts: dict[str, State] = {}
-        for name, value in load_file(tensors).items():
+        try:
+            final = load_file(tensors)
+        except SafetensorError as error:
+            raise FedloraError(f"'{tensors}' is damaged: {error}") from None
+        for name, value in final.items():
             owner, _, own = name.partition("/")
             parts.setdefault(owner, {})[own] = value.to(federation.engine.device)
         server = federation.server

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from fedlora_mini import state as S
 from fedlora_mini.engines.flower import FlowerEngine, client_app, find, server_app
@@ -117,16 +117,18 @@ def lead(grid: "Grid", text: str, timeout: float, folder: Path) -> Iterator[dict
     started = perf_counter()
     federation = build(text)
     server, local = federation.server, federation.engine
-    engine = FlowerEngine(grid, find(grid, local.clients, source_digest(), timeout), timeout, local.device)
+    nodes = find(grid, local.clients, source_digest(), timeout)
+    engine = FlowerEngine(grid, nodes, timeout, local.device, local.untimed)
     head = {"config": federation.config.asdict(), "versions": versions(), "machine": machine(local.device)}
     yield {"event": "start", **head}
+    took = []  # None where it would tell who was drawn
     for each in rounds(federation, engine, {}):
+        took.append(each.seconds)
         yield {"event": "round", **asdict(each)}
-    save_file(
-        {name: value.cpu().clone().contiguous() for name, value in server.state.items()}, folder / "final.safetensors"
-    )
+    final = {name: value.cpu().clone().contiguous() for name, value in server.state.items()}
+    (folder / "final.safetensors").write_bytes(save(final))
     scores = engine.scores(S.pick(server.state, lambda name: not name.startswith(OWN)))
     told = federation.promise.told(server.round)
-    seconds, digest = perf_counter() - started, S.digest([server.state])
+    seconds, digest = None if None in took else perf_counter() - started, S.digest([server.state])
     result = {"scores": {"personal": scores}, **told, "seconds": seconds, "server_sha256": digest}
     yield {"event": "result", **head, **result}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.adapters.base import region
 from fedlora_mini.data import phantom
 from fedlora_mini.data.base import IGNORE
@@ -16,7 +17,7 @@ from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.sampling import generator
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.models.pretrained import save_base
-from fedlora_mini.models.zoo import build, check_size
+from fedlora_mini.models.zoo import build, check_size, check_task
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Pretraining:
     plain: float = 1.0
     novel: str = "vessel"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges(self, size="[8, 4096]", steps="[1, inf)", batch="[1, inf)", seed="[0, 18446744073709551616)")
+        check_task(self.model, "segmentation")
 
 
 Progress = Callable[[int, float], None]

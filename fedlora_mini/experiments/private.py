@@ -5,7 +5,6 @@ and masks on the phantom. A part is a set of arms under common settings; every a
 rule, on seeds that are not reported. methods.md card 5.8.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,10 @@ import pandas as pd
 
 from fedlora_mini.errors import unknown
 from fedlora_mini.experiments.arms import arm_of, title_of
-from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.compare import SEARCH_SEED, Comparison, search_seeds, validation
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import METRICS
+from fedlora_mini.experiments.lines import add_lines
 from fedlora_mini.experiments.report import Result, arms, privacy, table_of
 
 STEPS = 4  # K: even, so that alternating by step moves both factors equally often
@@ -119,15 +118,23 @@ def _references_at(prefix: str, where: str, told: dict[str, Any]) -> dict[str, P
     return parts
 
 
-def _schedules(prefix: str, where: str, told: dict[str, Any], arms: Sequence[str]) -> dict[str, Part]:
-    """These arms at the other epsilons, and K/2: where all arms in all cells would cost hours."""
+def _schedules(prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
+    """Every schedule, the low-pass filter on LA-LoRA, and K/2, at the other epsilons: all arms would cost hours."""
     parts: dict[str, Part] = {}
     for cell in ("e1", "e8"):
         own = told | {"epsilon": CELLS[cell]["epsilon"]}
         here = f"{where}, epsilon {own['epsilon']:g}"
-        parts[prefix + cell] = Part(f"{here}: each schedule", tuple(arms), own)
+        parts[prefix + cell] = Part(f"{here}: each schedule", (*PLAIN, *filtered("la_lora", FILTERED[1:2])), own)
         parts[f"{prefix}{cell}_half"] = Part(f"{here}: K/2 steps", ("fedit",), {**own, "steps": STEPS // 2})
     return parts
+
+
+def _at_equal_bytes(prefix: str, where: str, told: dict[str, Any], rounds: dict[int, Sequence[str]]) -> dict[str, Part]:
+    """The arms that send one factor in a round, for as many rounds as send what DP-LoRA and LA-LoRA send."""
+    return {
+        f"{prefix}bytes_{n}": Part(f"{where}as many bytes as LA-LoRA, {n} rounds", tuple(arms), told | {"rounds": n})
+        for n, arms in rounds.items()
+    }
 
 
 def _with_references(name: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
@@ -144,6 +151,7 @@ NO_BUDGET = {"epsilon": None, "sigma": 200.0}
 OPEN = {"epsilon": None, "execution": "grouped"}
 CLIPPED = {"epsilon": None, "sigma": 0.0}  # all of the mechanism but its noise
 UNTRAINED = {"epsilon": None, "rounds": 0}
+RAW = {"epsilon": None, "sigma": 1.4858}  # the noise of `main`; there is no epsilon
 MNIST: dict[str, Any] = {"data": "mnist"}
 LONG = {"rounds": 20, "batch": 32}
 # MiniSAM at rank 1 trains 3.7 k numbers; eight sites with an appearance each, whose images are not dealt.
@@ -161,6 +169,9 @@ PARTS: dict[str, Part] = {
     "open": Part("the same without privacy", FIXED, OPEN),
     "clipped": Part("the same clipped, without noise", ("fedit",), CLIPPED),
     "untrained": Part("the base under a new head", ("fedit",), UNTRAINED, ()),
+    "curvature": Part("the same, AS-LoRA scored without a curvature", ("as_lora:curvature=none,warmup=2",)),
+    "not_dp": Part("the same noise, AS-LoRA with the published curvature", ("as_lora:curvature=raw,warmup=2",), RAW),
+    **_at_equal_bytes("", "", {}, {15: ("ffa", AS), 16: ("rolora",)}),
     "noise": Part("noise alone: its energy in BA", NOISY, {**NO_BUDGET, "lr": 0.01}, (), 4),
     "noise_half": Part("the same with K/2 steps", ("fedit",), {**NO_BUDGET, "lr": 0.01, "steps": STEPS // 2}, (), 4),
     **_in_cells("", "", {}),
@@ -168,10 +179,12 @@ PARTS: dict[str, Part] = {
     **_references_at("mnist_", "MNIST, ", MNIST),
     **_with_references("mnist", "MNIST", MNIST),
     **_in_cells("mnist_", "MNIST, ", MNIST),
+    **_at_equal_bytes("mnist_", "MNIST, ", MNIST, {15: ("ffa", AS), 16: ("rolora",)}),
     "mnist_long": Part("MNIST, twice the rounds and the expected batch", PLAIN, MNIST | LONG),
     "mnist_long_open": Part("the same without privacy", ("fedit", "la_lora"), MNIST | LONG | OPEN),
     **_with_references("phantom", "masks, the phantom at eight sites", PHANTOM),
-    **_schedules("phantom_", "masks, the phantom", PHANTOM, (*PLAIN, *filtered("la_lora", FILTERED[1:2]))),
+    **_at_equal_bytes("phantom_", "masks, the phantom, ", PHANTOM, {10: (AS,), 12: ("rolora",), 14: ("ffa",)}),
+    **_schedules("phantom_", "masks, the phantom", PHANTOM),
     **_with_references("nuclei", "masks, nuclei of four domains dealt to eight clients", NUCLEI),
 }
 
@@ -194,7 +207,10 @@ class PrivateStudy:
                 raise unknown("part of the private study", name, PARTS)
 
     def run(self) -> dict[str, list[Result]]:
-        """Part -> its results, also in `private_<part>.jsonl`; the searches of all parts in `private_rates.jsonl`."""
+        """Part -> its results, also in `private_<part>.jsonl`; the searches of all parts in `private_rates.jsonl`.
+
+        What these files hold of other runs stays in them.
+        """
         out: dict[str, list[Result]] = {}
         self.searched.clear()
         for name in self.parts:
@@ -207,8 +223,8 @@ class PrivateStudy:
             study = Comparison(part.arms, seeds, settings, self.folder / name, rates, self.on_run, others, WIDEN)
             out[name] = study.run()
             self.searched += study.searched
-            write(self.folder / f"private_{name}.jsonl", out[name])
-            write(self.folder / "private_rates.jsonl", [search_record(r) for r in self.searched])
+            add_lines(self.folder / f"private_{name}.jsonl", out[name])
+            add_lines(self.folder / "private_rates.jsonl", [search_record(r) for r in study.searched])
         return out
 
 
@@ -216,11 +232,6 @@ def search_record(result: Result) -> Result:
     """What chose a rate and what made it; scores on test images have no part in a search."""
     kept = ("event", "config", "versions", "machine", "val_accuracy", "val_dice", "privacy", "seconds", "final_sha256")
     return {name: result[name] for name in kept if name in result}
-
-
-def write(path: Path, results: Sequence[Result]) -> None:
-    """One line a record."""
-    write_atomically(path, "".join(json.dumps(r) + "\n" for r in results))
 
 
 def table(results: Sequence[Result]) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """What a run promises to one image or to one client, what is spent of it, and the round that it does not allow."""
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,14 +16,25 @@ from fedlora_mini.federation.row import Method
 from fedlora_mini.privacy import DPSGD, Release, epsilon
 
 
+def look_at_delta(delta: float, n: int, who: str) -> None:
+    """Warn where delta >= 1/n: to publish one of n, drawn at random, is (0, 1/n)-private and protects nobody."""
+    if delta * n >= 1:
+        warnings.warn(
+            f"delta {delta:g} protects nobody among {n} {who}: to publish one of them at random would be as private; "
+            f"take one far below 1/{n}",
+            stacklevel=3,
+        )
+
+
 def guard_of(config: RunConfig, images: Sequence[int]) -> Guarding | None:
     """Privacy of every image, for clients with so many. All draw at one rate; their mean batch is the config's.
 
     The noise is calibrated to the client that takes part most often, which is known beforehand: participants are drawn
-    by the seed, whatever the data.
+    by the seed, whatever the data. Warns of a delta that is too large for the smallest client.
     """
     if not config.private or config.unit != "image":
         return None
+    look_at_delta(config.delta, min(images), "images of a client")
     clients = list(range(len(images)))
     asked = [k for t in range(1, config.rounds + 1) for k in config.chosen(clients, t)]
     most = max(asked.count(client) for client in clients)
@@ -29,13 +42,17 @@ def guard_of(config: RunConfig, images: Sequence[int]) -> Guarding | None:
 
 
 def with_client_privacy(row: Method, config: RunConfig, clients: int) -> Method:
-    """The row with clipped changes and noise in the place of FedAvg's mean, if clients are what is to be protected."""
+    """The row with clipped changes and noise in the place of FedAvg's mean, if clients are what is to be protected.
+
+    Warns of a delta that is too large for so few clients.
+    """
     if not config.private or config.unit != "client":
         return row
     if row.rule is not mean or row.work.messages:
         raise FedloraError(
             f"'{row.title}': privacy of clients is a mean of clipped changes; its rule is another, or it tells more"
         )
+    look_at_delta(config.delta, clients, "clients")
     sigma, expected = config.noise(config.fraction, config.rounds), config.fraction * clients
     drawing, how = (config.seed, config.secure), config.clipping
     return replace(row, rule=ClientDP(sigma, expected, config.clip, config.quantile, 0.2, *drawing, how))
@@ -73,7 +90,10 @@ class Promise:
         return ""
 
     def told(self, rounds: int) -> dict[str, Any]:
-        """For the record: epsilon, with every number that it depends on; nothing where nothing was asked for."""
+        """For the record: epsilon, with every number that it depends on; nothing where nothing was asked for.
+
+        Where more was told than private gradients, epsilon is inf, and "not_dp" says why.
+        """
         config, rule, guard = self.config, self.method.rule, self.members[0].setting.guard
         if not config.private:
             return {}
@@ -84,7 +104,8 @@ class Promise:
             used, q, unit = rule, config.fraction, "one client more or less"
         else:
             used, q, unit = guard.mechanism, guard.mechanism.q, "one image more or less at one client"
-        spent = max(epsilon(account, config.delta, config.accountant) for account in accounts)
+        why = "" if guard is None else guard.not_dp(self.method)
+        spent = math.inf if why else max(epsilon(account, config.delta, config.accountant) for account in accounts)
         how = {"clip": used.C, "clipping": used.clipping, "secure": config.secure}
         promise = {"delta": config.delta, "accountant": config.accountant, "epsilon": spent}
         counts = [sum(release.times for release in account) for account in accounts]
@@ -92,5 +113,6 @@ class Promise:
             "privacy": {"sigma": used.sigma, "q": q, "unit": unit}
             | how
             | promise
+            | ({"not_dp": why} if why else {})
             | {"releases": counts, "stopped": self.refuses(rounds + 1)}
         }

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.arms import arm_of, title_of
+from fedlora_mini.experiments.lines import parsed
 from fedlora_mini.experiments.stats import Difference, holm, paired_difference
+from fedlora_mini.experiments.together import check, matched, told_apart
 from fedlora_mini.federation import METHODS
 from fedlora_mini.picture import Picture
 
@@ -25,23 +28,23 @@ Result = dict[str, Any]
 def read_results(paths: Sequence[Path]) -> list[Result]:
     """Results from run folders, comparison folders or `.jsonl` files, each run once."""
     found: dict[str, Result] = {}
+    others: set[str] = set()
     for path in paths:
-        if (path / "result.json").is_file():
-            lines = [(path / "result.json").read_text(encoding="utf-8")]
-        else:
-            file = path / "results.jsonl" if path.is_dir() else path
-            if not file.is_file():
-                raise FedloraError(f"'{path}' holds no result: expected result.json, results.jsonl or a .jsonl file")
-            lines = file.read_text(encoding="utf-8").splitlines()
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise FedloraError(f"'{path}' is not JSON: {error}") from None
-            if record.get("event", "result") == "result":
+        file = next((f for f in (path / "result.json", path / "results.jsonl", path) if f.is_file()), None)
+        if file is None:
+            raise FedloraError(f"'{path}' holds no result: expected result.json, results.jsonl or a .jsonl file")
+        text = file.read_text(encoding="utf-8", errors="replace")
+        for i, line in enumerate([text] if file.suffix == ".json" else text.splitlines(), 1):
+            record = parsed(line, f"line {i} of '{file}'")
+            if (event := record.get("event", "result")) != "result":
+                others.add(str(event))
+            elif not isinstance(record.get("config"), dict):
+                raise FedloraError(f"line {i} of '{file}' is no record of a run: it has no configuration")
+            else:
                 found[json.dumps(record["config"], sort_keys=True)] = record
     if not found:
-        raise FedloraError("no finished run in " + ", ".join(map(str, paths)))
+        told = f"; there are records of another kind: {', '.join(sorted(others))}" if others else ""
+        raise FedloraError(f"no finished run in {', '.join(map(str, paths))}{told}")
     return list(found.values())
 
 
@@ -154,14 +157,30 @@ def privacy(runs: Sequence[Result]) -> dict[str, str]:
 
 
 def differences(results: Sequence[Result], protocol: str = "personal") -> dict[tuple[str, str], Difference]:
-    """Every pair of methods with the same seeds: (a, b) -> a - b in Dice or accuracy."""
-    names, metric, out = arms(results), metric_of(results), {}
-    for i, b in enumerate(names):
-        for a in names[i + 1 :]:
-            left, right = table_of(results, a, protocol, metric), table_of(results, b, protocol, metric)
-            if left.shape == right.shape and left.size:
-                out[a, b] = paired_difference(left, right)
+    """Every pair of methods, over the seeds, data and sites that both have: (a, b) -> a - b in Dice or accuracy."""
+    metric, out = metric_of(results), {}
+    for a, b in _every_two(results):
+        left, right, _ = matched(results, a, b, protocol)
+        if left:
+            mine, other = table_of(left, a, protocol, metric), table_of(right, b, protocol, metric)
+            out[a, b] = paired_difference(mine, other)
     return out
+
+
+def unpaired(results: Sequence[Result], protocol: str = "personal") -> list[str]:
+    """A line for every pair of methods of which `differences` leaves runs out."""
+    lines = []
+    for a, b in _every_two(results):
+        both, _, alone = matched(results, a, b, protocol)
+        if alone:
+            what = f"left out {', '.join(alone)}" if both else "no seed, data set and sites in common"
+            lines.append(f"{title_of(a)} − {title_of(b)}: {what}")
+    return lines
+
+
+def _every_two(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Every later arm before every earlier one."""
+    return [(a, b) for b, a in combinations(arms(results), 2)]
 
 
 def difference_table(results: Sequence[Result], protocol: str = "personal") -> pd.DataFrame:
@@ -220,7 +239,9 @@ def _intervals(axis: Axes, pairs: dict[tuple[str, str], Difference], what: str) 
     axis.set_yticks(range(len(rows)), [f"{title_of(a)} − {title_of(b)}" for (a, b), _ in rows], fontsize=8)
     axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.set_xlabel(f"difference in personal {what}, 95 % interval")
-    axis.set_title(f"paired over {rows[0][1].seeds} seeds and {rows[0][1].sites} sites", fontsize=10)
+    least, most = (end(d.seeds for d in pairs.values()) for end in (min, max))
+    seeds = f"{least}" if least == most else f"{least} to {most}"
+    axis.set_title(f"paired over {seeds} seeds and {rows[0][1].sites} sites", fontsize=10)
     axis.grid(axis="x", alpha=0.3)
 
 
@@ -261,14 +282,17 @@ def figure(results: Sequence[Result], most_pairs: int = 15) -> Figure:
 
 
 def write_report(results: Sequence[Result], folder: Path) -> tuple[Path, Path]:
-    """`report.md` with both tables and `report.png`; returns their paths."""
+    """`report.md` with both tables and `report.png`; returns their paths. See `together` for what stands in them."""
+    check(results)
+    results = told_apart(results)
     folder.mkdir(parents=True, exist_ok=True)
     text, picture = folder / "report.md", folder / "report.png"
     parts = [markdown(summary(results))]
     changes = difference_table(results)
     if len(changes):
         parts.append(markdown(changes))
-    text.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    parts.append("\n".join(f"- {line}" for line in unpaired(results)))
+    text.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     figure(results).savefig(picture, dpi=130)
     return text, picture
 

@@ -1,6 +1,7 @@
 """One run to its end, from the checkpoint if its folder holds one; the folder gets log, result and final states."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import save
 
 from fedlora_mini import state as S
 from fedlora_mini.data import Dataset
@@ -22,6 +24,7 @@ from fedlora_mini.experiments.checkpoint import (
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.leakage import ends
+from fedlora_mini.experiments.lines import read_lines, read_record
 from fedlora_mini.experiments.provenance import machine, versions
 
 Progress = Callable[[dict[str, Any]], None]
@@ -37,15 +40,17 @@ def run(
     """Run to the end, from the folder's checkpoint if it holds one, and return the result record.
 
     The folder gets `log.jsonl` (config, one line a round, result), `checkpoint.safetensors` after every round,
-    `final.safetensors` and `result.json`. A finished folder is returned as it is. Without `test` no test image is
-    looked at, which is all that a search needs; the same folder with `test` then adds these scores.
+    `final.safetensors` and `result.json`. A finished folder of this run is returned as it is, another run's is refused.
+    Without `test` no test image is looked at, which is all that a search needs; the same folder with `test` then adds
+    these scores. Nothing is made before the first round.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     finished = folder / "result.json"
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if finished.exists():
-        result = json.loads(finished.read_text(encoding="utf-8"))
+        result = read_record(finished)
+        if RunConfig(**result.get("config", {})).asdict() != json.loads(json.dumps(config.asdict())):  # as JSON has it
+            raise FedloraError(f"'{folder}' holds another run's result; choose another folder or delete it")
         return result if _tested(result) or not test else _test(folder, result, data)
     started = perf_counter()
     federation = Federation.build(config, data() if data else None)
@@ -54,8 +59,9 @@ def run(
     checkpoint = folder / "checkpoint.safetensors"
     if config.private and not checkpoint.exists():
         check_nothing_released(folder / "log.jsonl")
-    records = load_checkpoint(checkpoint, server, engine) if checkpoint.exists() else [head]
+    records = _resumed(checkpoint, federation) if checkpoint.exists() else [head]
     _check_same(records[0], head, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for each in federation.rounds():
         record = {"event": "round", **asdict(each)}
         if config.leakage:
@@ -63,14 +69,15 @@ def run(
         if config.eval_every and (each.round % config.eval_every == 0 or each.round == config.rounds):
             record |= federation.validate()
         records.append(record)
-        save_checkpoint(checkpoint, server, engine, records)
+        save_checkpoint(checkpoint, server, engine, records, federation.watch)
         write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        shutil.copymode(folder / "log.jsonl", checkpoint)  # whoever may read the log
         progress(record)
     tested = federation.evaluate("test") if test else {}
     result = _result(federation, records, tested, perf_counter() - started)
     final = {f"{owner}/{name}": value for owner, s in federation.states().items() for name, value in s.items()}
     tensors = {name: value.cpu().clone().contiguous() for name, value in final.items()}  # no two share memory
-    save_file(tensors, folder / "final.safetensors")
+    (folder / "final.safetensors").write_bytes(save(tensors))  # save_file's are the owner's alone
     _close(folder, records, result)
     checkpoint.unlink(missing_ok=True)
     return result
@@ -93,9 +100,18 @@ def _test(folder: Path, result: dict[str, Any], data: Callable[[], Dataset] | No
     result["scores"] = federation.evaluate("test") | result["scores"]
     if result["seconds"] is not None:
         result["seconds"] += perf_counter() - started
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[:-1]]
-    _close(folder, records, result)
+    _close(folder, read_lines(folder / "log.jsonl")[:-1], result)
     return result
+
+
+def _resumed(checkpoint: Path, federation: Federation) -> list[dict[str, Any]]:
+    """The records of a checkpoint, with the federation put back to where it was."""
+    try:
+        return load_checkpoint(checkpoint, federation.server, federation.engine, federation.watch)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise FedloraError(
+            f"'{checkpoint}' is damaged: {error}; choose another folder, or delete this one to start again"
+        ) from None
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
@@ -132,7 +148,7 @@ def _result(
 ) -> dict[str, Any]:
     """The line that stands in `results/`: provenance, costs per round, scores on test data."""
     rounds = [record for record in records if record["event"] == "round"]
-    took = [r["seconds"] for r in rounds]  # None where it would tell who was drawn
+    took = [r["seconds"] for r in rounds]  # None where it would tell who was drawn, or how many images
     return {
         "event": "result",
         **{key: value for key, value in records[0].items() if key != "event"},

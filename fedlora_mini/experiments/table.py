@@ -18,6 +18,7 @@ from fedlora_mini.federation.client import moves_at_all
 from fedlora_mini.federation.exchange import is_model, is_note
 from fedlora_mini.federation.member import Member
 from fedlora_mini.models import build
+from fedlora_mini.models.zoo import check_size, check_task
 from fedlora_mini.state import State
 
 SITES = 3
@@ -255,4 +256,6 @@ def table(names: Iterable[str], model: str = "minisam") -> Iterator[Checked]:
     """Every row, checked by its run: the words and the bytes come from there. About half a second a row."""
     torch.set_num_threads(1)
     data = load("phantom", size=32, sites=SITES, unseen=0, per_site=6, val=2, test=2)
+    check_task(model, data.task)
+    check_size(model, data.spatial)
     return (check(name, model, data=data) for name in names)

@@ -19,9 +19,9 @@ from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.metrics.segmentation import score
 
-SETS: dict[str, tuple[dict[str, Any], range]] = {  # settings and seeds as in results/hospitals_*.jsonl, nuclei_domains
+SETS: dict[str, tuple[dict[str, Any], range]] = {  # settings and seeds as in results/hospitals_*.jsonl
     "lgg": ({"data": "lgg", "size": 64}, range(6)),
-    "polypgen": ({"data": "polypgen", "size": 64, "model": "efficientnet", "base": "imagenet"}, range(4)),
+    "polypgen": ({"data": "polypgen", "size": 64, "model": "efficientnet", "base": "imagenet"}, range(6)),
     "polypgen_minisam": ({"data": "polypgen", "size": 64}, range(4)),
     "nuclei": ({"data": "nuclei", "size": 64, "data_options": {"per_site": 250, "val": 60}}, range(6)),
 }

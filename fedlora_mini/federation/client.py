@@ -17,7 +17,7 @@ from fedlora_mini.federation.row import Method
 from fedlora_mini.losses import task_loss
 from fedlora_mini.privacy.dpsgd import Guarded, GuardedGroup
 from fedlora_mini.regularizers import Context, Regularizer
-from fedlora_mini.regularizers.base import EMPTY
+from fedlora_mini.regularizers.base import EMPTY, Blind
 from fedlora_mini.state import State
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
@@ -110,11 +110,13 @@ def train(
     With K > 1 the states are stacked and every factor carries a group axis of K; the loss is the sum of the clients'
     mean losses, so that no client's gradient sees another's data. The optimiser starts anew each round. `kept`: every
     client's notes, for the terms that read them. guard: what makes the clients' gradients private; then the loss is
-    not told, and batches may be empty and of unequal sizes.
+    not told, batches may be empty and of unequal sizes, and terms that call themselves free see no image.
     """
     K, grouped, terms = len(states), len(states) > 1, method.objective
     if grouped and (alone := [term.label for term in terms if not term.grouped]):
         raise FedloraError(f"'{alone[0]}' needs clients one after the other: use execution 'sequential'")
+    if guard is not None and (changing := [term.label for term in terms if _changes_images(term)]):
+        raise FedloraError(f"'{changing[0]}' changes the images of a step: under privacy no term may")
     params = S.stack(states) if grouped else S.clone(states[0])
     layers, pace = dict(adapters(model)), PACES[budget.pace]
     movable = [name for name in params if name in keys and moves_at_all(keys[name], layers)]
@@ -141,7 +143,7 @@ def train(
         contexts = [replace(c, **fresh) for c in contexts]
         x, y = batches(step)
         apart = guard is None or not grouped  # else nothing reads images but the mechanism
-        if terms and apart:
+        if terms and guard is None:
             x, y = _prepared(terms, contexts, x, y)
 
         def again(x: Tensor = x, y: Tensor = y) -> State:
@@ -163,10 +165,10 @@ def train(
             losses = torch.full_like(total, math.nan)
             _released(guard, model, params, views(), contexts, terms, (x, y), precision)
         if terms:
-            _change_gradients(terms, params, contexts, grouped)
+            _change_gradients(terms, params, contexts, grouped, guard is not None)
         optimiser.step()
         if terms:
-            _proximal_steps(terms, views, contexts)
+            _proximal_steps(terms, views, contexts, guard is not None)
             for name in set().union(*(context.restart for context in contexts)):
                 optimiser.state.pop(params[name], None)
         total, done = total + losses, done + 1
@@ -189,6 +191,15 @@ def _contexts(
     grouped, base = len(states) > 1, replace(base, run=look)
     contexts = [replace(base, start=s, index=k if grouped else None, memory={}) for k, s in enumerate(states)]
     return [replace(c, kept=notes) for c, notes in zip(contexts, kept, strict=True)] if kept else contexts
+
+
+def _changes_images(term: Regularizer) -> bool:
+    return type(term).batch is not Regularizer.batch or type(term).images is not Regularizer.images
+
+
+def _shown(term: Regularizer, context: Context, private: bool) -> Context:
+    """What a term may look at. One that is not free is its work's own affair, which has no privacy budget then."""
+    return Blind(context, term.label) if private and term.free else context
 
 
 def _prepared(terms: Sequence[Regularizer], contexts: Sequence[Context], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,12 +240,12 @@ def _objective(
 
 @torch.no_grad()
 def _proximal_steps(
-    terms: Sequence[Regularizer], views: Callable[[], list[State]], contexts: Sequence[Context]
+    terms: Sequence[Regularizer], views: Callable[[], list[State]], contexts: Sequence[Context], private: bool
 ) -> None:
     """Every term's `prox_`, client by client."""
     for view, context in zip(views(), contexts, strict=True):
         for term in terms:
-            term.prox_(view, context)
+            term.prox_(view, _shown(term, context, private))
 
 
 def _released(
@@ -248,7 +259,8 @@ def _released(
     precision: str,
 ) -> None:
     """Leave the private gradient in `params`, and beside it those of the terms, which read no image."""
-    value = sum((term.penalty(view, c) for view, c in zip(views, contexts, strict=True) for term in terms), 0.0)
+    seen = [(term, view, _shown(term, c, True)) for view, c in zip(views, contexts, strict=True) for term in terms]
+    value = sum((term.penalty(view, context) for term, view, context in seen), 0.0)
     if isinstance(value, Tensor) and value.requires_grad:
         value.backward()
     fixed = {name: p.detach() for name, p in params.items()}
@@ -260,7 +272,9 @@ def _released(
 
 
 @torch.no_grad()
-def _change_gradients(terms: Sequence[Regularizer], params: State, contexts: list[Context], grouped: bool) -> None:
+def _change_gradients(
+    terms: Sequence[Regularizer], params: State, contexts: list[Context], grouped: bool, private: bool
+) -> None:
     """Every term's `gradient_`, client by client; what a term took out loses its gradient."""
     gradient = {name: p.grad for name, p in params.items() if p.grad is not None}
     if not gradient:
@@ -269,7 +283,7 @@ def _change_gradients(terms: Sequence[Regularizer], params: State, contexts: lis
     changed = [dict(view) for view in (S.unstack(gradient) if grouped else [gradient])]
     for own, state, context in zip(changed, states, contexts, strict=True):
         for term in terms:
-            term.gradient_(own, state, context)
+            term.gradient_(own, state, _shown(term, context, private))
     for name in gradient:
         kept = [own[name] for own in changed if name in own]
         params[name].grad = None if not kept else torch.stack(kept) if grouped else kept[0]

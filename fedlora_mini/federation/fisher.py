@@ -4,12 +4,15 @@
 gradient of a batch's mean instead is a smaller quantity: for n independent images of mean zero, n times smaller.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import grad, vmap
 
+from fedlora_mini import state as S
 from fedlora_mini.adapters.base import adapters, call
 from fedlora_mini.adapters.features import in_use, statistic
 from fedlora_mini.adapters.grouped import per_sample_gradients
@@ -18,9 +21,10 @@ from fedlora_mini.state import State
 
 
 def log_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy, the mean over an image's pixels: (N,)."""
-    entropy = F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="none").flatten(1)
-    return entropy.sum(1) / (target != IGNORE).flatten(1).sum(1).clamp(min=1)
+    """Cross-entropy, the mean over an image's pixels, or that of its one label: (N,)."""
+    entropy = F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="none")
+    told = (target != IGNORE).reshape(len(target), -1)
+    return entropy.reshape(told.shape).sum(1) / told.sum(1).clamp(min=1)
 
 
 def diagonal_fisher(
@@ -28,10 +32,8 @@ def diagonal_fisher(
 ) -> State:
     """Of every tensor in `state` but norms' statistics, over the first min(images, n) images, of the model in use.
 
-    Through the group axis where everything trained is an adapter's factor, in one backward pass a batch; a model's own
-    weights go one image at a time. A zero `Dense` beside each layer and `Affine` at each norm could carry the axis for
-    them, but nothing for a parameter outside all layers, as MiniSAM's `position`; and every layer would run twice, once
-    with a kernel an image, so that little or nothing would be gained.
+    One backward pass a batch, which holds the gradients of `batch` images at once: along the group axis where all that
+    is trained are adapters' factors, else, as a model's own weights have none, by `mapped_gradients`.
     """
     state = {name: value.detach() for name, value in state.items()}
     factors = {f"{path}.{factor}" for path, adapter in adapters(model) for factor in adapter.factors}
@@ -41,13 +43,20 @@ def diagonal_fisher(
         for x, y in zip(data.images[:rows].split(batch), data.masks[:rows].split(batch), strict=True):
             if factors.issuperset(state):
                 gradients, _ = per_sample_gradients(model, state, log_loss, x, y)  # of (N, …)
-                for name in total:
-                    total[name] += gradients[name].square().sum(0)
-                continue
-            for i in range(len(x)):
-                leaves = {name: state[name].clone().requires_grad_() for name in total}
-                value = log_loss(call(model, {**state, **leaves}, x[i : i + 1]), y[i : i + 1]).sum()
-                gradient = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-                for name, g in zip(leaves, gradient, strict=True):
-                    total[name] += 0.0 if g is None else g.square()
+            else:
+                gradients = mapped_gradients(model, state, x, y)
+            for name in total:
+                total[name] += gradients[name].square().sum(0)
     return {name: value / rows for name, value in total.items()}
+
+
+def mapped_gradients(model: nn.Module, state: State, x: Tensor, y: Tensor) -> State:
+    """∂ℓ_i/∂θ of every tensor but norms' statistics: (N, …). One image's gradient, mapped over the batch."""
+    fixed, moving = S.pick(state, statistic), S.pick(state, lambda name: not statistic(name))
+
+    def loss(theta: State, x: Tensor, y: Tensor) -> Tensor:
+        return log_loss(call(model, fixed | theta, x[None]), y[None])[0]
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")  # attention goes image by image, and no slower
+        return vmap(grad(loss), (None, 0, 0))(moving, x, y)

@@ -45,11 +45,18 @@ class Guarding:
         """What draws one client's batches; None = the operating system."""
         return None if self.secure else generator
 
+    def not_dp(self, method: "Method") -> str:
+        """Why no epsilon holds for the row, whatever the noise; empty if one does."""
+        why = f"'{method.title}' tells of its images by more than gradients: there is no privacy budget for it"
+        return "" if method.work.free else why
+
     def check(self, method: "Method") -> None:
-        """Raise unless everything that leaves a client is made of private gradients."""
-        if not method.work.free:
-            raise FedloraError(
-                f"'{method.title}' tells of its images by more than gradients: there is no privacy budget for it"
-            )
+        """Raise unless everything that leaves a client is made of private gradients.
+
+        Without a budget a work may tell more, and the record has epsilon = inf and why (`not_dp`). Terms never may read
+        images: their gradients would not be clipped.
+        """
+        if self.budget < float("inf") and (why := self.not_dp(method)):
+            raise FedloraError(why)
         if reads := [term.label for term in method.objective if not term.free]:
             raise FedloraError(f"'{method.title}': '{reads[0]}' reads images beside the private gradient")

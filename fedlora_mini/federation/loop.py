@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Adapter, Key
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.federation.aggregation.answer import answer
 from fedlora_mini.federation.aggregation.padded import truncate
 from fedlora_mini.federation.exchange import (
     BANK,
@@ -29,7 +30,7 @@ from fedlora_mini.state import State
 
 
 class Engine(Protocol):
-    """Runs clients somewhere: in this process, or over a network."""
+    """Runs clients somewhere: in this process, or over a network. One that says `untimed` has its seconds not told."""
 
     @property
     def clients(self) -> list[int]: ...
@@ -44,7 +45,8 @@ class Round:
     """What one round did and cost. None where it is not told, under privacy.
 
     Where clients are protected, nothing of what they sent is told but the rule's answer: no loss, no error, nobody
-    refused. Where they were drawn by coins, who was drawn is secret too, and with it the bytes and the seconds.
+    refused. Where they were drawn by coins, who was drawn is secret too, and with it the bytes and the seconds. Where
+    images are, and coins from the operating system draw them, a round takes longer the more were drawn: no seconds.
     """
 
     round: int
@@ -177,7 +179,7 @@ def federate(
             bytes_up=desk.bytes,
             bytes_down=sum(wire_bytes(request.state) for request in requests.values()),
             agg_err=error,
-            seconds=perf_counter() - started,
+            seconds=None if getattr(engine, "untimed", False) else perf_counter() - started,
             refused=desk.refused,
         )
         yield record.without_clients(drawn) if silent else record
@@ -190,10 +192,11 @@ def _combine(desk: Desk, updates: Iterable[Update], before: State, asked: bool, 
     first = next(arriving, None)
     if first is None:
         empty = getattr(rule, "empty", False) and (not asked or (getattr(rule, "silent", False) and desk.answered))
-        return rule(before, ()) if empty else None
+        return answer(rule, rule(before, ()), desk.expected) if empty else None
     good: Iterable[Update] = chain([first], arriving)
     good = good if measured is None else passing(good, measured)
-    returned = rule(before, good) if desk.expected or desk.method.work.messages else {}
+    travels = desk.expected or desk.method.work.messages
+    returned = answer(rule, rule(before, good), desk.expected) if travels else {}
     for _ in good:
         pass  # where nothing travels no rule reads them
     return returned

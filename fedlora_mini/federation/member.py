@@ -1,5 +1,6 @@
 """A client: one site's data, its memory between rounds, and how it answers the server."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -130,6 +131,8 @@ class Member:
         own = self.setting
         budget = (own.budget if budget is None else budget).of(len(self.data))
         method = replace(own.method, **row) if row else own.method
+        if own.guard is not None and own.guard.budget < math.inf:
+            own.guard.check(method)  # also of the terms that a work adds
         begin = self.tensors if start is None else start
         batches = self.batches(round, budget, purpose)
         args = (own.model, method, own.keys, [begin], batches, budget, round, own.precision)

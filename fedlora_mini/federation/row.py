@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fedlora_mini.accepted import fitting
 from fedlora_mini.adapters.base import Key
-from fedlora_mini.errors import unknown
+from fedlora_mini.adapters.registry import ADAPTERS
+from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.aggregation.mean import mean
 from fedlora_mini.federation.exchange import Rule
 from fedlora_mini.federation.schedule import Schedule, together
-from fedlora_mini.federation.sharing import Sharing
+from fedlora_mini.federation.sharing import Sharing, nothing
 from fedlora_mini.privacy.filters import FILTERS
 from fedlora_mini.regularizers import Regularizer
 from fedlora_mini.state import State
@@ -61,7 +63,10 @@ trains = Work()
 
 @dataclass(frozen=True)
 class Method:
-    """One row. `pooled` is the client axis: one client that holds all sites' data instead of one client per site."""
+    """One row. `pooled` is the client axis: one client that holds all sites' data instead of one client per site.
+
+    A plain function Key -> bool may be given for `shared`.
+    """
 
     title: str
     adapter: str  # a row of `adapters.registry.ADAPTERS`
@@ -72,6 +77,21 @@ class Method:
     work: Work = trains
     pooled: bool = False
     reference: str = ""  # citation key of the book
+
+    def __post_init__(self) -> None:
+        if self.adapter not in ADAPTERS:
+            raise unknown("adapter", self.adapter, ADAPTERS)
+        if not isinstance(self.shared, Sharing):
+            if not callable(self.shared):
+                raise FedloraError(
+                    f"'{self.title}': shared is a function Key -> bool or a Sharing, got {self.shared!r}"
+                )
+            object.__setattr__(self, "shared", Sharing("what its own function says", self.shared))
+        for name, kind in (("objective", Regularizer), ("work", Work)):
+            parts = getattr(self, name) if name == "objective" else (getattr(self, name),)
+            if not isinstance(parts, tuple) or not all(isinstance(part, kind) for part in parts):
+                wanted = "a tuple of terms, such as (SOR(),)" if name == "objective" else "a Work, such as Ditto()"
+                raise FedloraError(f"'{self.title}': {name} is {wanted}, got {getattr(self, name)!r}")
 
     def images(self, x: Tensor, notes: Mapping[str, Tensor]) -> Tensor:
         """What the network is given for images x, by a client's or the server's notes."""
@@ -93,6 +113,16 @@ class Method:
             f"at a site; it needs a network that has {self.shared.needs}, such as unet_bn"
         )
 
+    def sends_nothing(self, keys: Mapping[str, Key]) -> str:
+        """What to say where something should travel by the row's words, and nothing does of this network."""
+        if self.shared == nothing or any(map(self.shared, keys.values())):
+            return ""
+        there = ", ".join(sorted({key.factor for key in keys.values()}))
+        return (
+            f"'{self.title}' shares {self.shared.label}, and of adapter '{self.adapter}' that is nothing: no client "
+            f"would send a number; its factors: {there}. If nothing is meant, share `sharing.nothing`"
+        )
+
     def but(self, **changes: Any) -> "Method":
         """The row with other numbers in its rule, objective and work: `but(lam=0.1)`. Raises if no part has it.
 
@@ -109,7 +139,10 @@ class Method:
             if not any(having):
                 known = [f.name for part in parts if is_dataclass(part) for f in fields(part)]
                 raise unknown(f"setting of '{self.title}'", name, known)
-            parts = [replace(p, **{name: value}) if has else p for p, has in zip(parts, having, strict=True)]
+            for i, part in enumerate(parts):
+                if having[i]:
+                    kind = part.__dataclass_fields__[name].type
+                    parts[i] = replace(part, **{name: fitting(f"setting '{name}' of '{self.title}'", value, kind)})
         return replace(self, rule=parts[0], objective=tuple(parts[1:-1]), work=parts[-1])
 
     def seeded(self, seed: int) -> "Method":

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from fedlora_mini.adapters.base import region
@@ -41,7 +41,9 @@ def save_base(model: nn.Module, out: Path, metadata: dict[str, Any]) -> Path:
     part = out.with_name(out.name + ".part")
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     # One key: the format does not promise an order of several, and the same weights should be the same bytes.
-    save_file(tensors, part, metadata={"notes": json.dumps(metadata, sort_keys=True)})
+    part.write_bytes(
+        save(tensors, {"notes": json.dumps(metadata, sort_keys=True)})
+    )  # save_file's are the owner's alone
     os.replace(part, out)
     return out
 
@@ -90,14 +92,19 @@ def load_base(
         return model
     base = str(shipped) if base == "auto" else base
     tensors, _ = _read(name, base)
+    own = model.state_dict()
+    if foreign := [tensor_name for tensor_name in tensors if tensor_name not in own]:
+        raise FedloraError(
+            f"'{base}' does not fit model '{name}', which has no '{foreign[0]}'; accepted: weights of this network, "
+            "such as a file of `fedlora pretrain`"
+        )
     heads = {n for n in tensors if region(model, n.rpartition(".")[0]) == "head"}
     if same_task and not heads:
         raise FedloraError(f"'{base}' holds no head for model '{name}': same_task cannot keep it")
-    own = model.state_dict()
     for tensor_name, value in tensors.items():
         if tensor_name in heads and not same_task:
             continue
-        if tensor_name not in own or own[tensor_name].shape != value.shape:
+        if own[tensor_name].shape != value.shape:
             raise FedloraError(f"'{base}' does not fit model '{name}': '{tensor_name}' {tuple(value.shape)}")
         own[tensor_name].copy_(value)
     return model

@@ -1,7 +1,8 @@
 """What may be done with a noisy gradient for free: post-processing, as terms of a row's objective.
 
 They see the released gradient and nothing else, so they cost no privacy. Those in space smooth along the axis of
-features, of A (r, n) its rows and of B (m, r) its columns, never across the rank. methods.md card 5.3.
+features, of A (…, r, n) its rows and of B (…, m, r) its columns, never across the rank, and of a client's own A_own and
+B_own alike. methods.md card 5.3.
 """
 
 import math
@@ -18,7 +19,7 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.state import State
 
-AXES = {"A": 1, "B": 0}  # of the features
+AXES = {"A": -1, "B": -2, "A_own": -1, "B_own": -2}  # of the features; in front of both may stand that of experts
 TAPS = {3: (1, 2, 1), 5: (1, 4, 6, 4, 1), 7: (1, 6, 15, 20, 15, 6, 1)}
 
 

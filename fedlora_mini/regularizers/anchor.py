@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.state import State
 
@@ -16,6 +17,9 @@ class Anchor(Regularizer):
     mu: float = 0.01
     target: State | None = None
     free = True
+
+    def __post_init__(self) -> None:
+        ranges(self, mu="[0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora_mini import state as S
+from fedlora_mini.accepted import ranges
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.state import State
 
@@ -20,6 +21,9 @@ class Ascent(Regularizer):
     alpha: float = 0.05
 
     grouped = False
+
+    def __post_init__(self) -> None:
+        ranges(self, alpha="[0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

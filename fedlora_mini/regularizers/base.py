@@ -51,6 +51,24 @@ class Context:
         return [name for name in state if name in self.keys and self.keys[name].factor == factor]
 
 
+IMAGES = ("x", "y", "z", "again", "run")  # what of a context is made of images
+
+
+class Blind(Context):
+    """What a term that calls itself `free` sees under privacy: reading what is made of images raises, and names it."""
+
+    label: str
+
+    def __init__(self, context: Context, label: str) -> None:
+        self.__dict__.update({name: value for name, value in vars(context).items() if name not in IMAGES}, label=label)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in IMAGES:
+            told = f"'{self.label}' calls itself free, and reads images by context.{name}"
+            raise FedloraError(f"{told}: under privacy nothing does beside the private gradient")
+        return super().__getattribute__(name)
+
+
 class Regularizer:
     """All hooks see ONE client's state; with several clients in one pass they are called for each in turn.
 
@@ -61,7 +79,7 @@ class Regularizer:
     grouped: bool = True  # whether it may be used while clients train along the group axis
     features: bool = False  # whether it reads `context.z`
     reads: tuple[str, ...] = ()  # notes without which `images` is not the one that the client trained with
-    free: bool = False  # whether it reads no image, only the released gradient and the state: costs no privacy
+    free: bool = False  # reads no image, only the released gradient and the state: costs no privacy (see `Blind`)
 
     def batch(self, x: Tensor, y: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Other images, or more of them, for this step's training."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.state import State
 
 
 def pooled(z: Tensor) -> Tensor:
-    """(N, c, *S) -> (N, c)."""
-    return z.flatten(2).mean(2)
+    """(N, c, *S) -> (N, c); a vector (N, c) is one already."""
+    return z.flatten(2).mean(2) if z.dim() > 2 else z
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Contrast(Regularizer):
 
     features = True
     grouped = False
+
+    def __post_init__(self) -> None:
+        ranges(self, mu="[0, inf)", tau="(0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.errors import unknown
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.regularizers.names import named
@@ -30,6 +31,7 @@ class WeightDecay(Regularizer):
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise unknown("form of WeightDecay", self.form, FORMS)
+        ranges(self, mu="[0, inf)")
 
     free = True
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.state import State
@@ -24,6 +25,9 @@ class Distill(Regularizer):
     tau: float = 2.0
 
     grouped = False
+
+    def __post_init__(self) -> None:
+        ranges(self, lam="[0, inf)", tau="(0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

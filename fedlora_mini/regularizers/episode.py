@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fedlora_mini.chance import seeded
 from fedlora_mini.data.base import IGNORE
 from fedlora_mini.data.spectral import low_frequency_swap
+from fedlora_mini.errors import FedloraError
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.state import State
@@ -53,7 +54,8 @@ def contrast(edges: tuple[Tensor, Tensor], styled: tuple[Tensor, Tensor], tau: f
 class Episode(Regularizer):
     """inner: α. clamp: bound on the entries of ∇L. contrast: weight of the contrast, tau its temperature.
 
-    Which style, and how far towards it, is drawn from (seed, round, step): the same numbers for all clients.
+    Which style, and how far towards it, is drawn from (seed, round, step): the same numbers for all clients. The
+    others' styles stand in the order of their sums, so that it is no matter who has which number.
     """
 
     inner: float = 1e-3
@@ -71,7 +73,9 @@ class Episode(Regularizer):
         return f"episodes in other styles, inner step {self.inner:g}"
 
     def penalty(self, state: State, context: Context) -> Tensor | float:
-        bank = [value for name, value in context.kept.items() if name.startswith(BANK)]
+        if context.y.dim() == 1:
+            raise FedloraError(f"'{self.label}' contrasts the two sides of an organ's boundary: it needs masks")
+        bank = sorted((v for name, v in context.kept.items() if name.startswith(BANK)), key=lambda v: float(v.sum()))
         if not bank:
             return 0.0
         rng = seeded(f"episode {self.seed} {context.round} {context.step}")

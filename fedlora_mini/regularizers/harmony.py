@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.data.spectral import low_frequency_swap
 from fedlora_mini.regularizers.base import Regularizer
 
@@ -20,6 +21,9 @@ class Harmonised(Regularizer):
     ratio: float = 0.05
 
     reads = ("~amplitude",)
+
+    def __post_init__(self) -> None:
+        ranges(self, ratio="[0, 0.5]")
 
     @property
     def label(self) -> str:  # type: ignore[override]

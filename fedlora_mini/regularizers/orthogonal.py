@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.adapters.ops import to_matrix
@@ -25,6 +26,9 @@ class Orthogonality(Regularizer):
     gamma: float = 0.1
     squared: bool = False
     free = True
+
+    def __post_init__(self) -> None:
+        ranges(self, gamma="[0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -57,6 +61,7 @@ class Diversity(Regularizer):
     def __post_init__(self) -> None:
         if self.blocks < 1:
             raise FedloraError(f"blocks must be at least 1, got {self.blocks}")
+        ranges(self, preserve="[0, inf)", diversify="[0, inf)")
 
     free = True
 

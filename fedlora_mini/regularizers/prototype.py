@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.adapters.features import class_means
 from fedlora_mini.regularizers.base import Context, Regularizer
 from fedlora_mini.state import State
@@ -27,6 +28,9 @@ class NearPrototypes(Regularizer):
     lam: float = 1.0
 
     features = True
+
+    def __post_init__(self) -> None:
+        ranges(self, lam="[0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.errors import FedloraError, unknown
@@ -161,6 +162,7 @@ class GroupLasso(Regularizer):
     def __post_init__(self) -> None:
         if self.groups not in GROUPS:
             raise unknown("groups of GroupLasso", self.groups, GROUPS)
+        ranges(self, lam="[0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

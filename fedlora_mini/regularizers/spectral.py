@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.adapters.diagonal import Diagonal
 from fedlora_mini.adapters.lora import LoRA
 from fedlora_mini.errors import FedloraError, unknown
@@ -51,6 +52,7 @@ class NuclearNorm(Regularizer):
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise unknown("form of NuclearNorm", self.form, FORMS)
+        ranges(self, lam="[0, inf)", eps="(0, inf)")
 
     free = True
 
@@ -106,6 +108,7 @@ class NuclearFrobenius(Regularizer):
             raise unknown("form of NuclearFrobenius", self.form, FORMS[:2])
         if self.alpha > 1:
             raise FedloraError(f"alpha must be at most 1, got {self.alpha}: beyond it the penalty is negative")
+        ranges(self, lam="[0, inf)", ridge="[0, inf)", eps="(0, inf)")
 
     free = True
 

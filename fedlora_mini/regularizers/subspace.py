@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.metrics.leakage import travelling
 from fedlora_mini.regularizers.base import Context, Regularizer
@@ -110,6 +111,7 @@ class SOR(Regularizer):
                 raise unknown("shared factor", side, ("A", "B"))
         if not 0 <= self.beta < 1:
             raise FedloraError(f"beta must be in [0, 1), got {self.beta}")
+        ranges(self, lam="[0, inf)", eps="(0, inf)")
 
     free = True
 

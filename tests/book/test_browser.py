@@ -29,6 +29,8 @@ FLAGS = [
     "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]  # fmt: skip
 RENDERED = "[...document.querySelectorAll('.math')].every((e) => e.querySelector('mjx-container'))"
+TOO_WIDE = """() => [...document.querySelectorAll('div.math, mjx-container[display="true"]')]
+  .filter((e) => e.scrollWidth > e.clientWidth + 2).map((e) => e.closest("[id]").id)"""
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright")
 pytestmark = [
@@ -102,6 +104,7 @@ def test_page_is_whole_without_network(browser: Any, base: str, name: str) -> No
         math = visit.page.locator(".math").count()
         assert visit.page.locator(".math mjx-container").count() >= math, "mathematics that was not rendered"
         assert not visit.page.locator("mjx-merror, [data-mjx-error]").count(), "mathematics with an error"
+        assert not visit.page.evaluate(TOO_WIDE), "formulas of which a part is hidden"
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import time
 import zipfile
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import torch
 from PIL import Image
 
 from fedlora_mini.data import IGNORE, check, load
+from fedlora_mini.data.fetch import home
 from fedlora_mini.data.folder import group_of
+from fedlora_mini.data.store import save_npz
 from fedlora_mini.errors import FedloraError
 
 
@@ -329,3 +332,35 @@ def test_the_six_hospitals_have_no_problem_and_the_known_empty_masks(real_data: 
     assert report.ok
     empty = {name: round(s["empty_share"] * s["images"]) for name, s in report.sites.items()}
     assert empty == {"C1": 5, "C2": 32, "C3": 1, "C4": 81, "C5": 2, "C6": 5}
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(hospitals: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDLORA_HOME", str(hospitals / "north/images/0_frame0.png"))  # a file, where a folder is wanted
+    with pytest.warns(UserWarning, match="not kept for the next time: cannot write .*FEDLORA_HOME names the folder"):
+        assert len(load(hospitals, size=16).sites) == 3
+    with pytest.raises(FedloraError, match=r"cannot write .*FEDLORA_HOME names the folder"):
+        save_npz(home() / "nuclei/tiles64.npz", x=np.zeros(1))
+
+
+def test_check_finds_a_site_that_is_too_small_to_split(hospitals: Path) -> None:
+    for file in hospitals.glob("south/*/*.png"):
+        if not file.name.startswith(("0_frame0", "0_frame1")):
+            file.unlink()
+    assert check(hospitals).problems == ("site 'south' has 2 images: three splits need at least 3",)
+    with pytest.raises(FedloraError, match="site 'south' has 2 images"):
+        load(hospitals, size=16)
+    with pytest.warns(UserWarning, match="left out: site 'south' has 2 images"):
+        assert [site.name for site in load(hospitals, size=16, skip_broken=True).sites] == ["east", "north"]
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"), [((1, 2), True), ((1, 255), False), ((255, 255), False), ((2, 2), False), ((2, 255), True)]
+)
+def test_check_warns_where_sites_hold_other_labels(values: tuple[int, int], warned: bool, tmp_path: Path) -> None:
+    for site, value in zip("ab", values, strict=True):
+        for i in range(3):
+            save(tmp_path / site / "images" / f"{i}.png", grey())
+            save(tmp_path / site / "masks" / f"{i}.png", disc(value))
+    report = check(tmp_path)
+    told = f"warning: sites differ in their labels, .*: a {values[0]}; b {values[1]}"
+    assert report.ok and bool(re.search(told, str(report))) == bool(report.warnings) == warned

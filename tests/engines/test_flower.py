@@ -11,8 +11,10 @@ import pytest
 
 import fedlora_mini
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.experiments import loopback
+from fedlora_mini.experiments import loopback, network
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
+from fedlora_mini.privacy import Release, epsilon
 
 PACKAGE = Path(fedlora_mini.__file__).parent
 
@@ -84,3 +86,28 @@ def test_over_a_network_noise_that_the_server_can_make_again_is_refused_and_so_i
     loopback.Loopback(RunConfig(), tmp_path)
     with pytest.raises(FedloraError, match="no checkpoint"):
         loopback.Loopback(secure, tmp_path)
+
+
+def test_the_servers_ledgers_keep_the_budget_of_a_node_that_forgets_what_it_released():
+    """Client 1 releases, its answer is lost, and it comes back with an empty ledger: nobody but the server knows."""
+    own = {"size": 32, "sites": "3", "rounds": 4, "steps": 2, "batch": 2, "threads": 1, "accountant": "rdp"}
+    own |= {"data_options": {"per_site": 6, "val": 1, "test": 2}, "sigma": 1.0}
+    two = 1.001 * epsilon([Release(1.0, 2 / 6, 4)], 1e-5, "rdp")
+    config, released = RunConfig(method="fedit", epsilon=two, **own), []
+    server = Federation.build(config)
+    nodes = Federation.build(config).engine
+
+    class Forgetful:
+        clients = nodes.clients
+
+        def exchange(self, requests):
+            for update in nodes.exchange(requests):
+                if update.client != 1:
+                    yield update
+            released.append(nodes.members[1].ledger.releases[-1].times)
+            nodes.members[1].ledger = nodes.setting.guard.ledger()
+
+    over = list(network.rounds(server, Forgetful(), {}))
+    assert [each.refused for each in over] == [["client 1: no answer"]] * 2 and sum(released) == 4
+    assert [member.ledger.releases[0].times for member in server.engine.members] == [4, 4, 4]
+    assert server.promise.refuses(3).startswith("round 3 would spend")

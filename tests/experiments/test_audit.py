@@ -182,8 +182,10 @@ def test_the_same_seed_gives_the_same_verdict_and_the_guesses_are_counted():
     assert first.correct <= first.guesses <= 60 and first.tight is first.curve is None
 
 
-def test_a_report_that_misjudges_is_named_and_has_the_status_of_a_failure(capsys):
-    assert main(["audit", "--games", "8", "--canaries", "10", "--steps", "1", "--epsilon", "8"]) == 1
+def test_a_report_that_misjudges_is_named_and_has_the_status_of_a_failure(found, capsys, monkeypatch):
+    rows = [row | {"by": [], "caught": False} for row in found.values()]
+    monkeypatch.setattr(audit, "report", lambda *args, **named: rows)
+    assert main(["audit"]) == 1
     assert capsys.readouterr().err.strip().endswith(", ".join(BROKEN))
     rows = [{"mechanism": name, "caught": True} for name in (audit.RIGHT, *BROKEN)]
     assert audit.misjudged(rows) == [audit.RIGHT] and not audit.misjudged(rows[1:])
@@ -196,6 +198,11 @@ def test_a_report_that_misjudges_is_named_and_has_the_status_of_a_failure(capsys
         (lambda: audit.one_run(table()["no noise"], canaries=3), "at least 10"),
     ],
 )
-def test_too_few_games_are_refused(call, message):
+def test_too_few_games_for_a_threshold_are_refused(call, message):
     with pytest.raises(FedloraError, match=message):
         call()
+
+
+@pytest.mark.parametrize(("games", "canaries", "enough"), [(40, 40, False), (400, 10, True), (8, 100, True)])
+def test_games_are_enough_where_guesses_that_are_all_right_convict(games, canaries, enough):
+    assert audit.convictable(table()[audit.RIGHT], games, canaries) == enough

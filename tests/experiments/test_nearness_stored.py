@@ -1,5 +1,6 @@
 """The phantom's cells as controls, and the stored records: complete, readable, and the same when made again."""
 
+import json
 import math
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def stored():
+    return near.read(STORED)
+
+
 @pytest.mark.slow
 def test_supervision_leaves_the_features_and_appearance_moves_them_far_beyond_chance():
     """The controls: without a shift, or under supervision alone, two sites are like two halves of one."""
@@ -38,11 +44,6 @@ def test_supervision_leaves_the_features_and_appearance_moves_them_far_beyond_ch
     assert min(ratio) > 3 and math.prod(ratio) ** (1 / len(ratio)) > 10
 
 
-@pytest.fixture(scope="module")
-def stored():
-    return near.read(STORED)
-
-
 def test_every_data_set_is_stored_with_its_provenance_and_three_splits(stored):
     for case in near.CASES:
         own = near.of(stored, case, "minisam")
@@ -51,10 +52,18 @@ def test_every_data_set_is_stored_with_its_provenance_and_three_splits(stored):
             assert {"versions", "machine", "sites", "losses", "layers", "seconds"} <= r.keys()
             wanted = near.config_of(case, "minisam", r["config"]["seed"]).asdict()
             assert {**RunConfig().asdict(), **r["config"]}.items() >= wanted.items()  # later settings are at rest
-            wanted = {"dense"} if r["config"]["data"] == "phantom" else {"dense", "dealt"}
-            assert wanted <= r["losses"].keys()
+            assert r["losses"].keys() == set(near.starts_of(case, "minisam", r["config"]["seed"]))
     with pytest.raises(FedloraError, match="no record of phantom, both / unet"):
         near.of(stored, "phantom, both", "unet")
+
+
+def test_a_study_makes_only_what_its_file_lacks(stored, tmp_path, monkeypatch):
+    path, made = tmp_path / "nearness.jsonl", []
+    kept = near.of(stored, "phantom, none", "minisam")
+    path.write_text("".join(json.dumps(r) + "\n" for r in kept[1:]), encoding="utf-8")
+    monkeypatch.setattr(near.records, "measure", lambda model, data, config, *how: {"config": config.asdict()})
+    near.study(path, ["phantom, none"], ["minisam"], progress=lambda record: made.append(record["config"]["seed"]))
+    assert made == [0] and len(near.read(path)) == 3
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 
 import pytest
 
@@ -10,7 +11,7 @@ from fedlora_mini.experiments import federation as federations
 from fedlora_mini.experiments import run as runs
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
-from fedlora_mini.experiments.promise import guard_of
+from fedlora_mini.experiments.promise import guard_of, with_client_privacy
 from fedlora_mini.experiments.report import summary
 from fedlora_mini.experiments.run import run
 from fedlora_mini.privacy import BudgetSpent, Release, epsilon
@@ -29,6 +30,21 @@ def test_the_record_says_what_the_figure_depends_on(tmp_path):
     assert 2.9 < told["epsilon"] <= 3.0
     assert told["epsilon"] == epsilon([Release(told["sigma"], told["q"], 6)], told["delta"], told["accountant"])
     assert json.loads((tmp_path / "result.json").read_text())["loss"] == [None] * 3
+
+
+def test_what_is_not_private_may_be_tried_under_noise_and_the_record_says_why_there_is_no_epsilon(tmp_path):
+    own = config(method="as_lora", change={"curvature": "raw"}, epsilon=None, sigma=1.0, rounds=1)
+    told = run(own, tmp_path / "raw")["privacy"]
+    assert told["epsilon"] == math.inf and told["releases"] == [2, 2, 2]
+    assert "tells of its images by more than gradients" in told["not_dp"]
+    assert json.loads((tmp_path / "raw/result.json").read_text())["privacy"] == told
+    assert summary([run(own, tmp_path / "raw")])["ε for one image"].item().startswith("inf at")
+    plain = run(own.but(change={}), tmp_path / "plain")["privacy"]
+    assert plain["epsilon"] < math.inf and "not_dp" not in plain
+    with pytest.raises(FedloraError, match="no privacy budget"):
+        own.but(epsilon=3.0)
+    with pytest.raises(FedloraError, match=r"'MOON': .* reads images beside the private gradient"):
+        own.but(method="moon", change={})
 
 
 def test_a_finished_run_has_its_ledgers(tmp_path):
@@ -119,6 +135,27 @@ def test_all_clients_draw_at_one_rate_and_the_largest_rate_is_one():
     assert guard_of(config(batch=64), [4, 12, 8]).mechanism.q == 1.0
 
 
+def test_a_delta_at_which_one_of_all_may_be_published_is_warned_of():
+    """delta >= 1/n for the smallest client's n images, or for n clients."""
+    images, clients = config(delta=0.125), config(delta=0.25, unit="client")
+    with pytest.warns(UserWarning, match=r"delta 0.125 protects nobody among 8 images of a client.*below 1/8") as told:
+        guard_of(images, [20, 8, 30])
+    assert len(told) == 1
+    with pytest.warns(UserWarning, match=r"delta 0.25 protects nobody among 4 clients") as told:
+        with_client_privacy(clients.row, clients, 4)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guard_of(images, [20, 7, 30])
+        with_client_privacy(clients.row, clients, 3)
+        for own in (config(), config(unit="client"), config(epsilon=None, delta=0.9)):  # the last one promises nothing
+            Federation.build(own)
+
+
+def test_images_gradients_are_held_as_many_at_once_as_the_config_says():
+    assert guard_of(config(micro=3), [6, 6]).mechanism.micro == 3 and guard_of(config(), [6, 6]).mechanism.micro == 64
+
+
 def test_every_row_takes_a_filter():
     federation = Federation.build(config(change={"filter": "low-pass", "taps": 3}))
     [term] = federation.engine.method.objective
@@ -158,6 +195,14 @@ def test_the_record_tells_nothing_of_a_protected_clients_part_in_a_round(tmp_pat
     row = summary([result]).loc["FedIT"]
     assert row["agg. error"] == "–" and (row["KB up / client / round"] == "–") == (fraction < 1)
     assert (row["s / run"] == "–") == (fraction < 1)
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_seconds_do_not_tell_how_many_images_secret_coins_drew(tmp_path, secure):
+    shown = []
+    result = run(config(secure=secure, rounds=2), tmp_path, shown.append)
+    assert [r["seconds"] is None for r in (*shown, result)] == [secure] * 3
+    assert [took is None for took in result["round_seconds"]] == [secure] * 2
 
 
 def test_private_images_leave_the_error_of_updates_that_are_noised_already(tmp_path, monkeypatch):
@@ -217,6 +262,7 @@ def test_clients_budgets_end_a_run_too(tmp_path):
         ({"delta": 2.0}, "delta"),
         ({"accountant": "moments"}, "unknown accountant 'moments'"),
         ({"clip": 0.0}, "C must be positive"),
+        ({"micro": 0}, "micro must be at least 1, got 0"),
         ({"clipping": "flatt"}, "way to clip 'flatt'"),
         ({"passes": 1.0}, "leave out 'passes'"),
         ({"method": "moon"}, "'MOON'"),

@@ -43,13 +43,12 @@ def test_every_comparison_of_the_specification_is_there():
         assert set(private.filtered("fedit")) == set(own[0].arms) and own[0].settings["steps"] == private.STEPS // 2
     cells = {(told["dirichlet"], told["epsilon"]) for told in (COMMON | each for each in private.CELLS.values())}
     assert cells | {(0.1, 3.0)} == {(alpha, budget) for alpha in (0.1, 0.3, 0.5) for budget in (1.0, 3.0, 8.0)}
-    for where in ("mnist", "phantom"):
+    for where in ("mnist", "phantom", "nuclei"):
         arms = set(PARTS[where].arms) | set(PARTS[f"{where}_rest"].arms)
         assert {arm for name in schedules for arm in private.filtered(name)} | {"fedit:filter=doppler"} <= arms
         assert PARTS[f"{where}_half"].arms == tuple(private.filtered("fedit"))
-    assert {*schedules, *private.filtered("fedit"), *private.filtered("la_lora")} <= set(PARTS["nuclei"].arms)
-    for where in ("mnist", "phantom", "nuclei"):
         assert set(PARTS[f"{where}_open"].arms) == set(private.FIXED)
+    assert all(set(private.PLAIN) <= set(PARTS[f"phantom_{cell}"].arms) for cell in ("e1", "e8"))
 
 
 def test_claims_on_private_runs_name_arms_of_the_study():
@@ -155,7 +154,8 @@ def test_the_raw_curvature_of_as_lora_is_not_private():
     raw = {"method": "as_lora", "change": {"curvature": "raw"}}
     with pytest.raises(FedloraError, match="no privacy budget"):
         RunConfig(**COMMON | raw)
-    assert RunConfig(**COMMON | raw | {"epsilon": None}).row.work.free is False
+    for sigma in (None, 1.0):  # without a budget it may be tried, under noise too
+        assert RunConfig(**COMMON | raw | {"epsilon": None, "sigma": sigma}).row.work.free is False
 
 
 def test_the_scores_are_those_of_the_common_model_on_everybodys_test_images(tmp_path):

@@ -22,7 +22,7 @@ FEWSHOT = sorted(RESULTS.glob("fewshot_*.jsonl"))
 
 
 def test_there_is_evidence():
-    assert {"nuclei_main", "nuclei_domains", "phantom_appearance", "phantom_supervision"} <= {f.stem for f in FILES}
+    assert {"nuclei_main", "hospitals_nuclei", "phantom_appearance", "phantom_supervision"} <= {f.stem for f in FILES}
 
 
 def test_the_readme_shows_what_is_stored():
@@ -86,7 +86,7 @@ def test_what_bases_give_untrained_is_stored_for_the_seeds_of_the_runs():
     assert [key_of(r["config"]) for r in records] == [
         key_of(config_of(name, seed).asdict()) for name, (_, seeds) in SETS.items() for seed in seeds
     ]
-    for file in ("hospitals_lgg", "hospitals_polypgen", "hospitals_polypgen_minisam", "nuclei_domains"):
+    for file in ("hospitals_lgg", "hospitals_polypgen", "hospitals_polypgen_minisam", "hospitals_nuclei"):
         runs = read_results([RESULTS / f"{file}.jsonl"])
         assert {key_of(r["config"]) for r in runs} <= {key_of(r["config"]) for r in records}, file
     for r in records:

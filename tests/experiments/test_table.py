@@ -141,9 +141,9 @@ def test_fedbn_on_a_unet_with_batch_norms_is_not_fedavg():
     assert any(not torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
-def test_private_gradients_of_a_network_s_own_weights_are_refused_with_batch_norms_too():
+def test_private_gradients_through_batch_norms_that_train_are_refused_with_the_reason():
     for name in ("fedbn", "fedavg"):
-        with pytest.raises(FedloraError, match=r"is no adapter's factor and cannot carry a group axis"):
+        with pytest.raises(FedloraError, match=r"batch norm .* mixes the samples"):
             list(Federation.build(RunConfig(method=name, model="unet_bn", sigma=1.0, **TINY)).rounds())
 
 
@@ -219,3 +219,16 @@ def test_a_row_takes_other_numbers():
     assert (sor.lam, sor.form) == (0.5, "exact")
     with pytest.raises(FedloraError, match="setting of 'IAT \\+ SOR' 'lamb'"):
         RunConfig(method="iat_sor", change={"lamb": 0.5})
+
+
+@pytest.mark.parametrize("name", slow_but(("fedas", "moon", "resfim", "resfim_lora")))
+def test_every_row_recognises_too_or_says_that_it_needs_masks(name):
+    config = {"data": "digits", "model": "vit", "rounds": 2, "steps": 1, "batch": 4, "dirichlet": 1.0, "clients": 3}
+    federation = Federation.build(RunConfig(name, threads=1, **config))
+    if name == "feddg":
+        with pytest.raises(FedloraError, match="it needs masks"):
+            list(federation.rounds())
+        return
+    assert len(list(federation.rounds())) == 2
+    federation.look()
+    assert all(0 <= site["accuracy"] <= 1 for site in federation.evaluate()["global"].values())

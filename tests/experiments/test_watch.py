@@ -7,7 +7,7 @@ import torch
 from fedlora_mini import state as S
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
-from fedlora_mini.experiments.leakage import FOLDS, split_pairs
+from fedlora_mini.experiments.leakage import FOLDS, geometry, split_pairs
 from fedlora_mini.experiments.report import table_of
 from fedlora_mini.experiments.run import run
 from fedlora_mini.federation import METHODS
@@ -29,6 +29,24 @@ def watched(tmp_path_factory):
 def test_looking_does_not_change_the_run(watched, tmp_path):
     plain = run(RunConfig(method="iat", **TINY), tmp_path)
     assert plain["final_sha256"] == watched["final_sha256"] and "leakage" not in plain
+
+
+@pytest.mark.parametrize(
+    ("method", "change"), [("iat", {}), pytest.param("harmofl", {"fraction": 0.6}, marks=pytest.mark.slow)]
+)
+def test_a_run_that_was_stopped_ends_with_the_leakage_of_the_whole_one(tmp_path, method, change):
+    """HarmoFL's start is what its first clients' amplitude makes of the images."""
+
+    def stop(record):
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+    config = RunConfig(method=method, leakage=True, **TINY | {"rounds": 5} | change)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "stopped", stop)
+    whole, again = run(config, tmp_path / "whole"), run(config, tmp_path / "stopped")
+    assert again["leakage"] == whole["leakage"] and again["final_sha256"] == whole["final_sha256"]
+    assert ("site_probe" in whole["leakage"]) == (method == "iat")
 
 
 METRICS = {"site_spread", "leak_energy", "leak_cos2", "leak_explained", "overlap"}
@@ -136,6 +154,23 @@ def test_directions_beyond_a_clients_rank_have_not_moved(name):
             if key.factor == "B":
                 assert torch.equal(change[:, :r], update.state[key.name]) and not change[:, r:].any()
     assert 0 < federation.leakage["site_spread"] < 1 and federation.leakage["site_spread_chance"] > 0
+
+
+def test_the_level_of_an_overlap_is_the_mean_over_layers_of_at_most_one():
+    """Of four directions in two dimensions nothing can be left out, of two in eight a quarter is met by chance."""
+    rng = torch.Generator().manual_seed(0)
+
+    def site():
+        sizes = {"narrow": (2, 4), "wide": (8, 2)}  # B: (m, r)
+        return {
+            f"{path}.{factor}": torch.randn(shape, generator=rng).double()
+            for path, (m, r) in sizes.items()
+            for factor, shape in (("B", (m, r)), ("A", (r, 6)))
+        }
+
+    starts, ends = [site() for _ in range(2)], [site() for _ in range(2)]
+    found = geometry(starts, ends, [1.0, 1.0], {"narrow": "B", "wide": "B"}, rng)
+    assert found["overlap_chance"] == (1 + 2 / 8) / 2
 
 
 @pytest.mark.slow

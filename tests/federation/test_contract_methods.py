@@ -12,13 +12,16 @@ from fedlora_mini.adapters.calibrated import SiteAttention
 from fedlora_mini.data import Split
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.federation import METHODS, Budget, Server, federate, member, sampling
+from fedlora_mini.federation.aggregation import Krum, Nova, TrimmedMean, mean, median, uniform, weighted
 from fedlora_mini.federation.exchange import is_model
 from fedlora_mini.federation.works import fusion
 from fedlora_mini.models import build
 
-# Rows in which a client's number matters: FDLoRA's search and FedDG's draw of a style have random numbers by client,
-# and LC-Fed's network is told the number. What holds of them without it has tests of its own.
+# Rows in which a client's number matters: FDLoRA's search has random numbers by client, FedDG draws how far an image is
+# restyled by its place in the batch, which is shuffled by client, and LC-Fed's network is told the number. What
+# holds of them without it has tests of its own.
 NUMBERED = ("fdlora", "feddg", "lcfed")
+MEANS = (mean, uniform, weighted, median, Nova(), TrimmedMean(), Krum())  # of equal updates, each is the update
 pytestmark = pytest.mark.slow
 ROUNDS = 3  # one more than it takes until messages have come and gone
 
@@ -32,8 +35,8 @@ def splits(tiny):
     ]
 
 
-def federated(name, splits, classes=6):
-    """The server's model and what every client has of its own; the server's notes bear the clients' numbers."""
+def begun(name, splits, classes=6):
+    """The engine and the server before the first round."""
     row, budget = METHODS[name], Budget(2, 8, 1e-2, "sgd", augment=False)
     model = build("minisam", classes, d=16, depth=1, stem=4, width=4)
     options = {"sites": len(splits)} if row.adapter == "lcfed" else {}
@@ -42,11 +45,25 @@ def federated(name, splits, classes=6):
         if isinstance(module, SiteAttention):  # all clients' columns start alike
             module.W1.data[:, -module.sites :] = 0
     start = trainable(model)
-    engine = LocalEngine(model, row, keys(model, list(start)), splits, budget, 0, "sequential")
-    server = Server(start)
-    everyone = lambda round: engine.clients  # noqa: E731
-    list(federate(row, engine, server, engine.keys, ROUNDS, budget.steps, everyone, layers=engine.setting.layers))
+    return LocalEngine(model, row, keys(model, list(start)), splits, budget, 0, "sequential"), Server(start)
+
+
+def federated(name, splits):
+    """The server's model and what every client has of its own; the server's notes bear the clients' numbers."""
+    engine, server = begun(name, splits)
+    everyone, steps = lambda round: engine.clients, engine.setting.budget.steps
+    list(federate(METHODS[name], engine, server, engine.keys, ROUNDS, steps, everyone, layers=engine.setting.layers))
     return products(S.pick(server.state, is_model)), [possession(engine, member, server) for member in engine.members]
+
+
+def alone(name, split):
+    """What a client has that nobody answers: every round begins where its own last one ended, without a rule."""
+    engine, _ = begun(name, [split])
+    [member] = engine.members
+    for round in range(1, ROUNDS + 1):
+        end, _, messages = METHODS[name].work.round(member, round)
+        member.memory |= end | messages
+    return possession(engine, member, Server(member.tensors))
 
 
 def possession(engine, member, server):
@@ -89,10 +106,12 @@ def test_neither_the_order_of_the_clients_nor_the_unit_of_their_weights_matters(
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in NUMBERED])
 def test_equal_clients_end_like_one_of_them_however_many(splits, name):
+    """And where the rule is a mean, like one that trains by itself."""
     state, own = federated(name, splits[1:2] * 3)
     again, others = federated(name, splits[1:2] * 4)
     assert near(state, again)
     assert all(near(own[0], mine) for mine in own + others)
+    assert METHODS[name].rule not in MEANS or near(own[0], alone(name, splits[1]))
 
 
 @pytest.fixture
@@ -106,16 +125,17 @@ def without_numbers(monkeypatch):
         monkeypatch.setattr(module, "generator", common)
 
 
-def test_fdlora_without_random_numbers_by_client_knows_no_order(splits, without_numbers):
-    order, (state, own) = [2, 0, 1], federated("fdlora", splits)
-    again, moved = federated("fdlora", [splits[k] for k in order])
+@pytest.mark.parametrize("name", ["fdlora", "feddg"])
+def test_without_random_numbers_by_client_there_is_no_order(splits, without_numbers, name):
+    """FedDG draws from the others' styles as they are, and not by who sent them."""
+    order, (state, own) = [2, 0, 1], federated(name, splits)
+    again, moved = federated(name, [splits[k] for k in order])
     assert near(state, again)
     assert all(near(own[k], mine) for k, mine in zip(order, moved, strict=True))
 
 
 @pytest.mark.parametrize("name", ["fdlora", "feddg"])
 def test_equal_clients_with_equal_random_numbers_end_alike(splits, without_numbers, name):
-    """FedDG draws from all other clients' styles in their order: which is no matter where all are equal."""
     state, own = federated(name, splits[1:2] * 3)
     again, others = federated(name, splits[1:2] * 4)
     assert near(state, again)

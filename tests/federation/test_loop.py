@@ -1,6 +1,7 @@
 """The one loop, over an engine that can be made to misbehave."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,3 +213,27 @@ def test_bytes_up_follow_the_formulas(setting, name):
     engine = Script([0, 1], constant(lambda client: 1.0, setting, name))
     _, [record] = run(name, setting, engine)
     assert record.bytes_up == 2 * 4 * expected
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda out: {"foo": torch.zeros(2)}, "rule 'my_rule' returned no '.*', which travelled; accepted: "),
+        (lambda out: out | {"foo": torch.zeros(2)}, "rule 'my_rule' returned 'foo'; accepted: "),
+        (lambda out: None, "rule 'my_rule' returned a NoneType"),
+        (lambda out: dict.fromkeys(out, 1.0), "rule 'my_rule' returned values that are no tensors"),
+        (lambda out: {n: v * float("nan") for n, v in out.items()}, "rule 'my_rule' returned NaN or infinite values"),
+        (lambda out: {n: v[..., :1] for n, v in out.items()}, r"rule 'my_rule' returned '.*' as \(.*, expected \("),
+        (lambda out: {n: v.double() for n, v in out.items()}, "rule 'my_rule' returned '.*float64, expected .*float32"),
+    ],
+)
+def test_a_rule_that_answers_nonsense_is_named_with_what_it_returned(setting, returned, words):
+    start, table = setting
+
+    def my_rule(server, updates):
+        return returned(S.weighted_mean((update.state, update.weight) for update in updates))
+
+    engine = Script([0, 1], constant(float, setting))
+    row = replace(METHODS["fedit"], rule=my_rule)
+    with pytest.raises(FedloraError, match=words):
+        next(federate(row, engine, Server(S.clone(start)), table, 1, STEPS, lambda round: engine.clients))

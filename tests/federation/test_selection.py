@@ -173,7 +173,7 @@ def test_the_released_curvature_is_the_quadratics(tiny):
 def test_the_raw_curvature_is_the_second_difference_of_the_loss_on_the_last_batch(tiny):
     engine, server = federation(tiny, replace(ROW, work=Selected("raw")))
     advance(engine, server, 3)
-    member, now = engine.members[0], Recorder()
+    member, now = engine.members[0], Recorder(raw=True)
     member.fit(4, objective=(now,))
     assert len(now.drawn[0]) == BUDGET.batch
     state, h = member.tensors | now.at, 1e-3
@@ -213,10 +213,21 @@ def test_the_raw_curvature_reads_images_and_is_refused_under_a_budget(tiny):
     engine, server = federation(tiny, raw)
     advance(engine, server, 1)
     with pytest.raises(FedloraError, match="no privacy budget"):
-        federation(tiny, raw, Guarding(DPSGD(1.0, 0.5)))
+        federation(tiny, raw, Guarding(DPSGD(1.0, 0.5), budget=8.0))
     engine, server = federation(tiny, ROW, Guarding(DPSGD(1.0, 0.5)))
     advance(engine, server, 3)
     assert all(member.ledger.releases[0].times == 6 for member in engine.members), "scoring releases nothing more"
+
+
+@pytest.mark.parametrize("q", [0.5, 1e-9])
+def test_the_raw_curvature_may_be_tried_under_noise_without_a_budget_though_nobody_be_drawn(tiny, q):
+    scores = []
+    for curvature in ("raw", "none"):
+        engine, server = federation(tiny, replace(ROW, work=Selected(curvature)), Guarding(DPSGD(1.0, q)))
+        advance(engine, server, 1)
+        scores.append({name: float(value) for name, value in server.state.items() if name.startswith("~~as/B/")})
+        assert scores[-1] and all(map(math.isfinite, scores[-1].values()))
+    assert (scores[0] == scores[1]) == (q < 0.5), "no image, no curvature"
 
 
 def test_a_filter_does_not_touch_what_is_scored(tiny):

@@ -82,6 +82,11 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     save_file({"encoder.stem.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(FedloraError, match="does not fit"):
         load_base("minisam", 2, base=str(tmp_path / "other.safetensors"))
+    foreign = {"of a run": "server/decoder.mix1.A", "of another network": "model.0.conv.weight"}
+    for what, name in foreign.items():
+        save_file({name: torch.zeros(1)}, tmp_path / what)
+        with pytest.raises(FedloraError, match=f"does not fit model 'minisam', which has no '{name}'; accepted"):
+            load_base("minisam", 2, base=str(tmp_path / what))
     (tmp_path / "text.safetensors").write_text("no")
     with pytest.raises(FedloraError, match="cannot read"):
         load_base("minisam", 2, base=str(tmp_path / "text.safetensors"))

@@ -1,5 +1,7 @@
 """The facts about filters that the book teaches, each against an independent computation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,30 @@ def test_ranks_are_not_mixed_and_the_head_is_left_alone(term):
     assert torch.allclose(alone["encoder.A"][2], out["encoder.A"][2]) and not alone["encoder.A"][[0, 1, 3]].any()
     assert torch.allclose(alone["encoder.B"][:, 2], out["encoder.B"][:, 2])
     assert not alone["encoder.B"][:, [0, 1, 3]].any()
+
+
+@pytest.mark.parametrize("term", SPATIAL, ids=repr)
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["branch", "experts"])
+def test_a_clients_own_factors_are_filtered_as_the_common_ones_are(term, lead):
+    """Each expert's alone: what is filtered as a stack is what the same entries give under the same name one by one."""
+    g = torch.Generator().manual_seed(1)
+    own = {"encoder.A_own": (*lead, 4, 40), "encoder.B_own": (*lead, 30, 4), "head.D_own": (*lead, 3, 7)}
+    keys = {name: Key(*name.split("."), name.split(".")[0], "linear") for name in own}
+    value = {name: torch.randn(shape, generator=g, dtype=torch.float64) for name, shape in own.items()}
+
+    def found(gradient):
+        term.gradient_(out := dict(gradient), {}, replace(context(), keys=keys))
+        return out
+
+    out = found(value)
+    assert torch.equal(out["head.D_own"], value["head.D_own"])
+    for name in ("encoder.A_own", "encoder.B_own"):
+        assert not torch.allclose(out[name], value[name])
+        alone = [found({name: one})[name] for one in value[name].reshape(-1, *value[name].shape[-2:])]
+        assert torch.allclose(out[name], torch.stack(alone).view_as(out[name]), atol=1e-14)
+    renamed = filtered(term, {name.removesuffix("_own"): one for name, one in value.items() if "head" not in name})
+    if not lead and not getattr(term, "permuted", False):  # whose order is drawn by name
+        assert all(torch.equal(renamed[name], out[f"{name}_own"]) for name in renamed)
 
 
 def test_the_permuted_filter_shrinks_noise_as_much_and_does_not_smooth():

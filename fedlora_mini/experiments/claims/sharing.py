@@ -62,8 +62,9 @@ AVERAGING: dict[str, Claim] = {
         "On four real nuclei domains, FedIT is worse for a domain's own data than training alone.",
         "fedit",
         "local",
-        "nuclei_domains.jsonl",
+        "hospitals_nuclei.jsonl",
         -1,
+        again=True,
     ),
     "fedit-new-site": Claim(
         "For a site that never trained, FedIT's shared model is better than the mean of locally trained ones.",
@@ -96,10 +97,11 @@ AVERAGING: dict[str, Claim] = {
         "On real nuclei domains, IAT's sharing beats FedSA on each domain's own data.",
         "iat",
         "fedsa",
-        "nuclei_domains.jsonl",
+        "hospitals_nuclei.jsonl",
         +1,
         source="zhao2026iat",
         not_matched="bytes sent, and the head: IAT shares it, FedSA does not",
+        again=True,
     ),
 }
 

@@ -5,14 +5,14 @@ from fedlora_mini.experiments.claims.claim import Claim
 HEAD_AND_BYTES = "bytes sent (none by a site alone), and the head: IAT shares it, a site alone keeps it"
 
 
-def _hospitals(name: str, what: str) -> dict[str, Claim]:
+def _hospitals(name: str, what: str, seen: bool = False) -> dict[str, Claim]:
     """The claims on one set of real sites. `near-…`: the signs that `results/nearness.jsonl` predicts for it."""
 
     def claim(
         text: str, a: str, b: str, sign: int = +1, source: str = "zhao2026iat", not_matched: str = "bytes sent"
     ) -> Claim:
         results = f"hospitals_{name}.jsonl"
-        return Claim(f"On {what}, {text}", a, b, results, sign, source=source, not_matched=not_matched)
+        return Claim(f"On {what}, {text}", a, b, results, sign, source=source, not_matched=not_matched, seen=seen)
 
     own, sor = "on each one's own data", "iat_sor:form=exact,lam=0.01"
     told = "as the sites' own updates predict"
@@ -35,23 +35,5 @@ def _hospitals(name: str, what: str) -> dict[str, Claim]:
 SITES: dict[str, Claim] = {
     **_hospitals("polypgen", "five hospitals' polyps"),
     **_hospitals("lgg", "gliomas of four institutions"),
-    "iat-over-local-nuclei": Claim(
-        "On four real nuclei domains, IAT's sharing beats training alone on each domain's own data.",
-        "iat",
-        "local",
-        "nuclei_domains.jsonl",
-        +1,
-        source="zhao2026iat",
-        not_matched=HEAD_AND_BYTES,
-        seen=True,
-    ),
-    "near-two-factors-nuclei": Claim(
-        "On four real nuclei domains, the assignment opposite to IAT's is better, as the sites' own updates predict.",
-        "iat_own_head",
-        "anti_own_head",
-        "nuclei_domains.jsonl",
-        -1,
-        not_matched="bytes sent",
-        seen=True,
-    ),
+    **_hospitals("nuclei", "four domains of nuclei", seen=True),
 }

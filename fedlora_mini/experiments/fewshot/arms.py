@@ -1,17 +1,19 @@
 """What is compared from few images: an adapter, its options, and what belongs to its training. One row an arm."""
 
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import nn
 
+from fedlora_mini.accepted import fitting
 from fedlora_mini.adapters.select import select_directions
 from fedlora_mini.data import Split
 from fedlora_mini.errors import unknown
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.regularizers import Regularizer
-from fedlora_mini.regularizers.companions import companions
+from fedlora_mini.regularizers.companions import COMPANIONS, FURTHER, companions
 from fedlora_mini.state import State
 
 
@@ -32,7 +34,14 @@ class Arm:
     finish: Callable[[nn.Module, State, Split], State] | None = None
 
     def objective(self, **changes: Any) -> tuple[Regularizer, ...]:
-        return companions(self.adapter, **{**self.training, **changes})
+        """The adapter's regularisers. Raises for a change that none of them has, or of another type than theirs."""
+        kinds: dict[str, Any] = (
+            {f.name: f.type for f in fields(FURTHER[self.adapter])} if self.adapter in FURTHER else {}
+        )
+        if self.adapter in COMPANIONS:
+            kinds |= {p.name: p.annotation for p in inspect.signature(COMPANIONS[self.adapter]).parameters.values()}
+        fit = {n: fitting(f"option '{n}' of '{self.title}'", v, kinds.get(n, object)) for n, v in changes.items()}
+        return companions(self.adapter, **{**self.training, **fit})
 
 
 LORA_RANKS = (1, 2, 4, 8, 16, 32)

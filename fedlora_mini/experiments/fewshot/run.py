@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fedlora_mini import state as S
+from fedlora_mini.accepted import ranges
 from fedlora_mini.adapters import adapters, keys, prepare, trainable
 from fedlora_mini.data import Split
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.fewshot.arms import arm
 from fedlora_mini.experiments.fewshot.tasks import task
+from fedlora_mini.experiments.lines import add_lines, read_lines, write_lines
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.federation.client import Budget, train
 from fedlora_mini.federation.row import Method
@@ -49,6 +50,9 @@ class FewshotConfig:
     patience: int = 40  # training ends once the loss, a mean over half as many steps, stands still for so many
     threads: int = 1
     changes: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        ranges(self, steps="[1, inf)", batch="[1, inf)", patience="[2, inf)", threads="[1, inf)", lr="(0, inf)")
 
     def key(self) -> str:
         """Twelve hexadecimal digits that change with anything that can change the result."""
@@ -182,15 +186,20 @@ class Study:
         for name in self.tasks:
             if not task(name).tune:
                 raise FedloraError(f"'{name}' is a task for tuning: its scores choose learning rates")
+        for rate in self.rates:
+            FewshotConfig(lr=rate, **(self.settings or {}))  # raises for a bad number before anything runs
         for name in self.arms:
-            arm(name)
+            arm(name).objective(**dict((self.settings or {}).get("changes", ())))
 
     def run(self) -> list[dict[str, Any]]:
-        """All results, also in `results.jsonl`. `runs.jsonl` and `search.jsonl` keep every run once it is done."""
+        """All results, also in `results.jsonl`, beside the others that it holds.
+
+        `runs.jsonl` and `search.jsonl` keep every run once it is done.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for known in (path for path in map(self.folder.joinpath, LOGS) if path.exists()):
             lines = read_lines(known)
-            write_atomically(known, "".join(json.dumps(r) + "\n" for r in lines))  # without a line that was cut off
+            write_lines(known, lines)  # without a line that was cut off
             self._done |= {_key_of(r): r for r in lines}
         out = []
         for name in self.tasks:
@@ -199,7 +208,7 @@ class Study:
                 base = FewshotConfig(task=name, arm=each, lr=lr, **(self.settings or {}))
                 for split in self.splits:
                     out += [self._one(replace(base, shots=k, split=split), "runs.jsonl") for k in self.shots]
-        write_atomically(self.folder / "results.jsonl", "".join(json.dumps(r) + "\n" for r in out))
+        add_lines(self.folder / "results.jsonl", out)
         return out
 
     def rate(self, tune: str, name: str) -> float:
@@ -227,8 +236,3 @@ class Study:
 def _key_of(record: dict[str, Any]) -> str:
     own = record["config"]
     return FewshotConfig(**own | {"changes": tuple(map(tuple, own["changes"]))}).key()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file that may have been cut off in the middle of its last one."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(True) if line.endswith("\n")]

@@ -26,7 +26,17 @@ from fedlora_mini.experiments.nearness.prediction import (
     predict,
     tables_of,
 )
-from fedlora_mini.experiments.nearness.records import CASES, NETWORKS, config_of, measure, of, read, study, table
+from fedlora_mini.experiments.nearness.records import (
+    CASES,
+    NETWORKS,
+    config_of,
+    measure,
+    of,
+    read,
+    starts_of,
+    study,
+    table,
+)
 from fedlora_mini.experiments.nearness.updates import STARTS, dealt, errors_of, local_updates, sharing_errors
 
 __all__ = [
@@ -59,6 +69,7 @@ __all__ = [
     "predict",
     "read",
     "sharing_errors",
+    "starts_of",
     "study",
     "table",
     "tables_of",

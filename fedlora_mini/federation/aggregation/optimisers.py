@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.aggregation.mean import mean
 from fedlora_mini.federation.exchange import OWN, Rule, Update, is_note
@@ -48,6 +49,9 @@ class FedAvgM:
     inner: Rule = mean
     label: ClassVar[str] = "server momentum"
 
+    def __post_init__(self) -> None:
+        ranges(self, lr="(0, inf)", momentum="[0, 1)")
+
     @property
     def unequal(self) -> bool:
         return getattr(self.inner, "unequal", False)
@@ -75,6 +79,9 @@ class FedAdam:
     tau: float = 1e-3
     inner: Rule = mean
     label: ClassVar[str] = "server Adam"
+
+    def __post_init__(self) -> None:
+        ranges(self, lr="(0, inf)", beta1="[0, 1)", beta2="[0, 1)", tau="(0, inf)")
 
     @property
     def unequal(self) -> bool:

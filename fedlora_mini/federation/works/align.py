@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.federation.aggregation.messages import WEIGHT
 from fedlora_mini.federation.fisher import diagonal_fisher
 from fedlora_mini.federation.member import Member
@@ -60,6 +61,9 @@ class FedAS(Work):
 
     messages = (WEIGHT,)
     notes = (MINE,)
+
+    def __post_init__(self) -> None:
+        ranges(self, steps="[1, inf)", passes="(0, inf)", rate="(0, inf)", images="[1, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora_mini import state as S
+from fedlora_mini.accepted import ranges
 from fedlora_mini.adapters import places
 from fedlora_mini.adapters.base import call
 from fedlora_mini.adapters.features import in_use, statistic
@@ -66,6 +67,9 @@ class MovingAverage(Work):
     images: int = 16
 
     notes = personal_notes = (AVERAGE,)
+
+    def __post_init__(self) -> None:
+        ranges(self, keep="[0, 1]", passes="[0, inf)", rate="(0, inf)", norm_rate="[0, inf)", images="[1, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

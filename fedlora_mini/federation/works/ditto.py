@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.row import Work
 from fedlora_mini.regularizers import Anchor
@@ -17,6 +18,9 @@ class Ditto(Work):
     lam: float = 0.1
 
     notes = personal_notes = (PERSONAL,)
+
+    def __post_init__(self) -> None:
+        ranges(self, lam="[0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

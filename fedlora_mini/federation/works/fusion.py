@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.adapters.base import call
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation.member import Member
@@ -24,6 +25,9 @@ class Fusion(Work):
     trials: int = 8
     images: int = 8
     width: float = 0.3
+
+    def __post_init__(self) -> None:
+        ranges(self, trials="[1, inf)", images="[1, inf)", width="[0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.federation.aggregation.padded import self_pruned_rank, tail, truncate
 from fedlora_mini.federation.member import Member
 from fedlora_mini.federation.row import Work
@@ -34,6 +35,9 @@ class SelfPruning(Work):
 
     gamma: float = 0.75
     lam: float = 1e-3
+
+    def __post_init__(self) -> None:
+        ranges(self, gamma="(0, 1)", lam="[0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

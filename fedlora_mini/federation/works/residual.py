@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedlora_mini import state as S
+from fedlora_mini.accepted import ranges
 from fedlora_mini.adapters.features import statistic
 from fedlora_mini.chance import seeded
 from fedlora_mini.data.base import Split
@@ -136,6 +137,7 @@ class ResFIM(Work):
             raise unknown("score", self.score, SCORES)
         if self.level not in ("entry", "direction"):
             raise unknown("level", self.level, ("entry", "direction"))
+        ranges(self, tau="[0, 1]", ratio="[0, 0.5]", mixing="[0, 1]", images="[1, inf)", warmup="[0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]
@@ -175,15 +177,15 @@ class ResFIM(Work):
         """How early the residual sits, and how much earlier than its floor, as `earliness` has it.
 
         The floor is the change under the transfer to the client's own mean amplitude, which tells of no other site.
+        Nothing where the network has no decoder.
         """
-        plain = replace(self, relative=False)
+        plain, keys = replace(self, relative=False), client.setting.keys
         found = residual(plain, client, state)
-        if not found:
+        if not {"encoder", "decoder"} <= {keys[name].region for name in found}:
             return {}
         data = Split(client.data.images[: self.images], client.data.masks[: self.images])
         F = diagonal_fisher(client.setting.model, state, data, self.images)
         own = restyled(data, low_frequencies(client.data.images, self.ratio), self.ratio, self.mixing)
         floor = S.sub(diagonal_fisher(client.setting.model, state, own, self.images), F)
-        keys = client.setting.keys
         early, least = (earliness(change, F, lambda name: keys[name].region) for change in (found, floor))
         return {"early": early, "beyond_floor": early - least}

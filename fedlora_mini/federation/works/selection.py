@@ -5,7 +5,8 @@ second order, with the noise's own energy taken off (d numbers with noise of dev
 
 kappa is the curvature along g. curvature "released" takes it from two released gradients of the same factor, kappa =
 <g - g', theta - theta'> / ||theta - theta'||^2, which costs nothing more; "raw" is what the published code means, the
-curvature of the loss on the step's private images: not private, and refused under a budget; "none" leaves it out.
+curvature of the loss on the step's private images: not private, and refused under a budget (with noise alone the record
+says so); "none" leaves it out.
 """
 
 from dataclasses import dataclass, field, replace
@@ -35,18 +36,26 @@ GRADIENT, PLACE = "~as/g/", "~as/at/"  # the last released gradient of every fac
 
 @dataclass
 class Recorder(Regularizer):
-    """Keeps the last step's gradient as it was released, where and on what. It stands before any filter."""
+    """Keeps the last step's gradient as it was released and where; with `raw` also on what, and then it is not free.
+
+    It stands before any filter.
+    """
 
     last: State = field(default_factory=dict)
     at: State = field(default_factory=dict)
     drawn: tuple[Tensor, Tensor] = (EMPTY, EMPTY)
+    raw: bool = False
     label = "records the last gradient"
-    free = True
+
+    @property
+    def free(self) -> bool:  # type: ignore[override]
+        return not self.raw
 
     def gradient_(self, gradient: State, state: State, context: Context) -> None:
         if context.step == context.steps:
             self.last, self.at = S.clone(gradient), S.clone({name: state[name] for name in gradient})
-            self.drawn = context.x, context.y
+            if self.raw:
+                self.drawn = context.x, context.y
 
 
 def score(g: Tensor, noise: float, eta: float, kappa: float) -> float:
@@ -88,7 +97,7 @@ class Selected(Work):
 
     def round(self, client: "Member", round: int) -> tuple[State, float, State]:
         """Train; say S of every factor that moved, and keep its gradient and place for the next round's curvature."""
-        own, recorder = client.setting, Recorder()
+        own, recorder = client.setting, Recorder(raw=self.curvature == "raw")
         end, loss = client.fit(round, objective=(recorder, *own.method.objective))
         guard = own.guard
         noise = guard.mechanism.noise_std / (guard.mechanism.q * len(client.data)) if guard else 0.0
@@ -121,5 +130,7 @@ class Selected(Work):
         """
         v = now.last[name] / now.last[name].norm().clamp(min=1e-12)
         x, y = now.drawn
+        if len(x) == 0:  # Poisson sampling drew nobody
+            return 0.0
         found = hvp(client.setting.model, client.tensors | now.at, task_loss, x, y, {name: v})
         return float((found[name] * v).double().sum())

@@ -1,0 +1,12 @@
+"""Makes the records that a file lacks, one a data set, network and split; the real sets have to be there.
+
+python -m fedlora_mini.experiments.nearness results/nearness.jsonl
+"""
+
+import sys
+from pathlib import Path
+
+from fedlora_mini.experiments.nearness import study
+
+if __name__ == "__main__":
+    study(Path(sys.argv[1]), progress=lambda record: print(record["case"], record["config"]["model"], flush=True))
