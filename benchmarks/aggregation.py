@@ -19,11 +19,11 @@ from fedlora_mini.federation.aggregation import (
     Fair,
     FedAdam,
     Krum,
+    Stack,
     mean,
     median,
     padded,
     residual,
-    stack,
     svd,
 )
 from fedlora_mini.models import zoo
@@ -130,7 +130,7 @@ def rules() -> list[Row]:
     updates = [Update(k, state, 1.0) for k, state in enumerate(states)]
     some = {
         "mean": mean,
-        "stack": stack,
+        "stack": Stack(),
         "padded": padded,
         "svd": svd,
         "residual": residual,

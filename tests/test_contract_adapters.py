@@ -181,7 +181,7 @@ def test_per_sample_gradients_or_a_clear_refusal(network, name):
     fit(model, 2)
     model, x, state = model.double(), x.double(), trainable(model.double())
     if not ADAPTERS[name].grouped:
-        with pytest.raises(FedloraError, match="cannot carry a group axis|mixes the samples of a batch"):
+        with pytest.raises(FedloraError, match=r"cannot carry a group axis|mixes the samples of a batch"):
             per_sample_gradients(model, state, segmentation_loss, x, y)
         return
     found, _ = per_sample_gradients(model, state, segmentation_loss, x, y)

@@ -65,12 +65,16 @@ def _is_factor(name: str, modules: Mapping[str, nn.Module]) -> bool:
 def check_groupable(modules: Mapping[str, nn.Module], names: Collection[str]) -> None:
     """Raise unless no layer mixes the batch, and every name is that of a factor of an unmerged adapter.
 
-    Batch norms in eval mode, as `freeze` leaves them, use stored statistics and mix nothing.
+    Norms in eval mode, as `freeze` leaves them, use stored statistics: they mix nothing, and write none of the images'.
     """
     for path, module in modules.items():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or not module.track_running_stats):
             raise FedloraError(
                 f"batch norm '{path}' mixes the samples of a batch by its statistics; call freeze or eval first"
+            )
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.training and module.track_running_stats:
+            raise FedloraError(
+                f"instance norm '{path}' keeps the mean statistics of its images; call freeze or eval first"
             )
     for name in names:
         path = name.rpartition(".")[0]

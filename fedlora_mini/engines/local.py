@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters.base import Key, trainable
+from fedlora_mini.adapters.base import Key, adapters, trainable
+from fedlora_mini.adapters.grouped import check_groupable
 from fedlora_mini.data.base import Split
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.aggregation.padded import truncate
-from fedlora_mini.federation.client import Budget, train
+from fedlora_mini.federation.client import Budget, moves_at_all, train
 from fedlora_mini.federation.exchange import Request, Server, Update, is_model
 from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.member import Member, Setting, on
@@ -49,6 +50,9 @@ class LocalEngine:
             raise unknown("execution", execution, EXECUTIONS)
         if guard is not None:
             guard.check(method)
+            layers = dict(adapters(model))
+            moving = [name for name, key in keys.items() if moves_at_all(key, layers)]
+            check_groupable(dict(model.named_modules()), moving)
         self.setting = Setting(model, method, keys, budget, seed, precision, guard)
         self.device = next(model.parameters()).device
         start = trainable(model)

@@ -14,7 +14,7 @@ from fedlora_mini.federation.guarding import Guarding
 from fedlora_mini.federation.methods import method
 from fedlora_mini.federation.row import Method
 from fedlora_mini.federation.sampling import drawn, participants
-from fedlora_mini.privacy import DPSGD, calibrate
+from fedlora_mini.privacy import DPSGD, Release, calibrate, epsilon
 
 DEVICES = ("auto", "cpu", "cuda")  # no mps: means and digests are taken in float64, which it lacks
 UNITS = ("image", "client")
@@ -141,8 +141,12 @@ class RunConfig:
         return self._guarding(self.noise(q, steps), q) if self.private and self.unit == "image" else None
 
     def noise(self, q: float, steps: int) -> float:
-        """The noise multiplier: the one that was given, or the least with which so many releases stay in the budget."""
+        """The noise multiplier: the one that was given, or the least with which so many releases stay in the budget.
+
+        Raises, before anything is trained, what the account of a given one would raise at the end.
+        """
         if self.sigma is not None:
+            epsilon([Release(self.sigma, q, steps)], self.delta, self.accountant)
             return self.sigma
         assert self.epsilon is not None
         return calibrate(self.epsilon, self.delta, q, steps, self.accountant)

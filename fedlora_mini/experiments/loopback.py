@@ -86,7 +86,7 @@ class Loopback:
             )
         self.config, self.folder, self.timeout = config, folder.absolute(), timeout
         if self.records_file.exists() and '"event": "result"' in self.records_file.read_text(encoding="utf-8"):
-            raise FedloraError(f"'{folder}' holds a finished run; choose another folder or delete it")
+            raise FedloraError(f"'{folder}' holds a finished run; choose another folder")
         if config.private:
             check_nothing_released(self.records_file)
         self.clients = 1 if config.row.pooled else len(dataset_of(config).sites)

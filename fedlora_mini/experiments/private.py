@@ -118,17 +118,6 @@ def _references_at(prefix: str, where: str, told: dict[str, Any]) -> dict[str, P
     return parts
 
 
-def _schedules(prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
-    """Every schedule, the low-pass filter on LA-LoRA, and K/2, at the other epsilons: all arms would cost hours."""
-    parts: dict[str, Part] = {}
-    for cell in ("e1", "e8"):
-        own = told | {"epsilon": CELLS[cell]["epsilon"]}
-        here = f"{where}, epsilon {own['epsilon']:g}"
-        parts[prefix + cell] = Part(f"{here}: each schedule", (*PLAIN, *filtered("la_lora", FILTERED[1:2])), own)
-        parts[f"{prefix}{cell}_half"] = Part(f"{here}: K/2 steps", ("fedit",), {**own, "steps": STEPS // 2})
-    return parts
-
-
 def _at_equal_bytes(prefix: str, where: str, told: dict[str, Any], rounds: dict[int, Sequence[str]]) -> dict[str, Part]:
     """The arms that send one factor in a round, for as many rounds as send what DP-LoRA and LA-LoRA send."""
     return {
@@ -184,7 +173,8 @@ PARTS: dict[str, Part] = {
     "mnist_long_open": Part("the same without privacy", ("fedit", "la_lora"), MNIST | LONG | OPEN),
     **_with_references("phantom", "masks, the phantom at eight sites", PHANTOM),
     **_at_equal_bytes("phantom_", "masks, the phantom, ", PHANTOM, {10: (AS,), 12: ("rolora",), 14: ("ffa",)}),
-    **_schedules("phantom_", "masks, the phantom", PHANTOM),
+    **_by_arm("phantom_e1", "masks, the phantom, epsilon 1", PHANTOM | {"epsilon": 1.0}),
+    **_by_arm("phantom_e8", "masks, the phantom, epsilon 8", PHANTOM | {"epsilon": 8.0}),
     **_with_references("nuclei", "masks, nuclei of four domains dealt to eight clients", NUCLEI),
 }
 

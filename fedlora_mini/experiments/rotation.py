@@ -24,6 +24,7 @@ from fedlora_mini.experiments.worlds import (
     QUESTIONS,
     REGIONS,
     SHIFTS,
+    Penalty,
     Question,
     Table,
     adapted,
@@ -148,7 +149,16 @@ def composed(frozen: Mapping[str, Tensor], params: State) -> Tensor:
     return decoder @ encoder
 
 
-def fit(worlds: Worlds, arm: str, r: int, rounds: int = 40, steps: int = 5, lr: float = 0.05, seed: int = 0) -> Tensor:
+def fit(
+    worlds: Worlds,
+    arm: str,
+    r: int,
+    rounds: int = 40,
+    steps: int = 5,
+    lr: float = 0.05,
+    seed: int = 0,
+    penalty: Penalty | None = None,
+) -> Tensor:
     """Every site's map after training row `arm` of the method table, all worlds and sites at once: (V, K, d, n)."""
 
     def loss(params: State) -> Tensor:
@@ -156,7 +166,7 @@ def fit(worlds: Worlds, arm: str, r: int, rounds: int = 40, steps: int = 5, lr: 
         return F.mse_loss(y, worlds.y, reduction="sum") / y[0, 0].numel()
 
     sites, start = worlds.x.shape[1], f"rotation start:{seed}"
-    return composed(worlds.frozen, train(worlds.frozen, sites, arm, r, loss, rounds, steps, lr, start))
+    return composed(worlds.frozen, train(worlds.frozen, sites, arm, r, loss, rounds, steps, lr, start, penalty))
 
 
 def relative_error(worlds: Worlds, maps: Tensor) -> Table:

@@ -50,7 +50,7 @@ def run(
     if finished.exists():
         result = read_record(finished)
         if RunConfig(**result.get("config", {})).asdict() != json.loads(json.dumps(config.asdict())):  # as JSON has it
-            raise FedloraError(f"'{folder}' holds another run's result; choose another folder or delete it")
+            raise FedloraError(f"'{folder}' holds another run's result; choose another folder")
         return result if _tested(result) or not test else _test(folder, result, data)
     started = perf_counter()
     federation = Federation.build(config, data() if data else None)
@@ -109,16 +109,21 @@ def _resumed(checkpoint: Path, federation: Federation) -> list[dict[str, Any]]:
     try:
         return load_checkpoint(checkpoint, federation.server, federation.engine, federation.watch)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise FedloraError(
-            f"'{checkpoint}' is damaged: {error}; choose another folder, or delete this one to start again"
-        ) from None
+        raise FedloraError(f"'{checkpoint}' is damaged: {error}; {_instead(federation.config)}") from None
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     if old["config"] != new["config"]:
-        raise FedloraError(f"'{folder}' holds another run's checkpoint; choose another folder or delete it")
+        raise FedloraError(f"'{folder}' holds another run's checkpoint; {_instead(RunConfig(**old['config']))}")
     if old["versions"]["source"] != new["versions"]["source"]:
-        raise FedloraError(f"'{folder}' was begun by other code; delete it to start again")
+        raise FedloraError(f"'{folder}' was begun by other code; {_instead(RunConfig(**old['config']))}")
+
+
+def _instead(config: RunConfig) -> str:
+    """What to do with a folder whose run cannot go on: what a private one released stays released."""
+    if config.private:
+        return "choose another folder, and add up what both runs spend: what this one released stays released"
+    return "choose another folder, or delete this one to start again"
 
 
 def _leakage(rounds: list[dict[str, Any]]) -> dict[str, Any]:

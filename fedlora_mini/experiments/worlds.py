@@ -19,14 +19,17 @@ from fedlora_mini.chance import seeded
 from fedlora_mini.errors import unknown
 from fedlora_mini.experiments.stats import Difference, paired_difference
 from fedlora_mini.federation import METHODS
+from fedlora_mini.regularizers.subspace import DRIFTS, oriented
 from fedlora_mini.state import State
 
 W = TypeVar("W")
+Penalty = Callable[[State, State, State], Tensor]  # of factors, the round's start, and their mean drift since then
 Table = NDArray[np.float64]  # (worlds, sites)
 
 SHIFTS = {"none": (0, 0), "appearance": (1, 0), "supervision": (0, 1), "both": (1, 1)}  # of inputs, of outputs
 ARMS = ("iat", "anti_iat", "fedsa", "inverse_fedsa", "fedit", "local")  # rows of the table that differ in sharing
 REGIONS = ("encoder", "decoder")
+BETA, EPS = 0.9, 1e-8  # SOR's own
 TRIALS, TUNING = 3, 1000  # rates are searched on so many worlds, at the seed plus TUNING
 
 
@@ -45,11 +48,13 @@ def train(
     steps: int,
     lr: float,
     start: str,
+    penalty: Penalty | None = None,
 ) -> State:
     """Both layers' factors after `rounds` times `steps` full-batch steps, each round followed by a mean over sites.
 
     frozen: (V, 1, m, n) each; `loss` sums over worlds and sites, which share no parameter within a round. Adam starts
     anew each round, its rate falls by half a cosine over all steps. `start` seeds A, which is equal at all sites.
+    penalty: added to the loss, see `orthogonal`.
     """
     if arm not in ARMS:
         raise unknown("arm", arm, ARMS)
@@ -63,16 +68,38 @@ def train(
     optimiser = torch.optim.Adam(params.values(), lr=lr, fused=True)
     for step in range(total):
         optimiser.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / total))
-        value = loss(params)
+        if step % steps == 0:
+            begin = {name: value.detach().clone() for name, value in params.items()}
+            drift = {name: torch.zeros_like(value) for name, value in begin.items()}
+        value = loss(params) if penalty is None else loss(params) + penalty(params, begin, drift)
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
+        drift = {n: BETA * drift[n] + (1 - BETA) * (value.detach() - begin[n]) for n, value in params.items()}
         if (step + 1) % steps == 0:
             optimiser.state.clear()
             with torch.no_grad():
                 for name in shared:
                     params[name].copy_(params[name].mean(1, keepdim=True).expand_as(params[name]))
     return {name: value.detach() for name, value in params.items()}
+
+
+def orthogonal(arm: str, lam: float, away: int = 0, form: str = "exact") -> Penalty:
+    """lam Σ cos²(change of W by the shared factor, by the private one's drift) over worlds, sites and both layers: SOR.
+
+    away: the drift is that of the site so many places on. Then the term pulls on the shared factor as hard and knows
+    nothing of its own site: SOR's control.
+    """
+    sides = {r: "B" if METHODS[arm].shared(Key(f"{r}.B", "B", r, "linear")) else "A" for r in REGIONS}
+
+    def penalty(params: State, begin: State, drift: State) -> Tensor:
+        values = []
+        for region, side in sides.items():
+            (B, _), (B0, A0), (_, dA) = (oriented(s, region, side) for s in (params, begin, drift))
+            values.append(DRIFTS[form](B, B0, A0, dA.roll(away, 1), EPS).sum())
+        return lam * torch.stack(values).sum()
+
+    return penalty
 
 
 def scored(

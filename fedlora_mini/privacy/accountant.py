@@ -21,6 +21,8 @@ from fedlora_mini.privacy.loss import epsilon_of
 
 ORDERS = (*np.arange(1.1, 11, 0.1).round(1), *range(11, 64), *(2.0**k for k in range(6, 13)))
 INTERVAL = 1e-3  # on which "pld" rounds the loss up: epsilon grows by about (INTERVAL / the loss's deviation)^2 / 10
+CELLS = 1_000_000  # of one release at most: with next to no noise the loss is large and its interval grows with it
+SMALL = 0.05  # below this sigma "rdp" takes what holds without sampling: such an epsilon promises nothing anyway
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ def rdp(order: float, sigma: float, q: float) -> float:
     """log E_{z ~ N(0, sigma^2)} [(1 - q + q exp((2z - 1) / 2 sigma^2))^order] / (order - 1), by quadrature.
 
     Renyi divergence of a Poisson-subsampled Gaussian for any real order > 1; Mironov, Talwar and Zhang 2019, eq. 1. The
-    trapezoidal rule is exact here to rounding: the integrand is analytic in a strip of half-width pi sigma^2.
+    trapezoidal rule is exact here to rounding: the integrand is analytic in a strip of half-width pi sigma^2. Below
+    SMALL the bound without sampling, order / 2 sigma^2.
     """
     return float(_rdp(np.array([order], dtype=float), sigma, q)[0])
 
@@ -57,7 +60,7 @@ def _rdp(orders: NDArray[np.float64], sigma: float, q: float) -> NDArray[np.floa
         return np.zeros(len(orders))
     if sigma == 0:
         return np.full(len(orders), math.inf)
-    if q == 1:
+    if q == 1 or sigma < SMALL:
         return orders / (2 * sigma**2)
     step = min(sigma / 8, sigma**2 / 2)
     z = np.arange(-12 * sigma, orders.max() + 12 * sigma, step)
@@ -81,7 +84,8 @@ def _epsilon_rdp(history: Sequence[Release], delta: float) -> float:
 
 
 def _epsilon_pld(history: Sequence[Release], delta: float) -> float:
-    return epsilon_of(history, delta, INTERVAL)
+    widest = max((1 / each.sigma + 20) / each.sigma for each in history)  # the loss is (z + 1 / 2 sigma) / sigma
+    return epsilon_of(history, delta, max(INTERVAL, widest / CELLS))
 
 
 def _mu(history: Sequence[Release], method: str) -> float:

@@ -16,7 +16,7 @@ from scipy.stats import binom, norm
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.privacy.accountant import INTERVAL, Release
-from fedlora_mini.privacy.loss import hockey_stick
+from fedlora_mini.privacy.loss import falling, hockey_stick
 
 EPSILONS = 0.05 * np.sinh(np.linspace(-7, 7, 2001))  # to +-27, dense at 0: logs of the slopes of a curve's tangents
 REACH = 8.0  # standard deviations, beyond which a loss counts as infinite
@@ -61,7 +61,7 @@ def _deltas(release: Release) -> NDArray[np.float64]:
     interval = max(INTERVAL, (top - math.log1p(-q)) / CELLS)
     low, high = math.floor(math.log1p(-q) / interval) - 1, math.ceil(top / interval)
     curve = hockey_stick(np.arange(low, high + 1) * interval, sigma, q, removed=True)
-    composed = connect(interval, low, high, np.minimum.accumulate(curve)).self_compose(release.times, TAIL)
+    composed = connect(interval, low, high, falling(curve)).self_compose(release.times, TAIL)
     return np.asarray(composed.get_delta_for_epsilon(EPSILONS))
 
 

@@ -38,6 +38,11 @@ def hockey_stick(epsilons: Curve, sigma: float, q: float, removed: bool) -> Curv
     return np.clip(np.where(inside, tail, -np.expm1(np.minimum(epsilons, 0.0)) if removed else 0.0), 0.0, 1.0)
 
 
+def falling(curve: Curve) -> Curve:
+    """The least curve above this one that never rises: what rounding has dented is filled."""
+    return np.maximum.accumulate(curve[::-1])[::-1]
+
+
 @lru_cache(maxsize=64)
 def distribution(history: "tuple[Release, ...]", interval: float) -> Any:
     """dp-accounting's distribution of the summed loss of all releases, on a grid of `interval`, rounded up."""
@@ -69,5 +74,5 @@ def _single(sigma: float, q: float, interval: float) -> Any:
         reach = mechanism.GaussianPrivacyLoss(sigma, sampling_prob=q, adjacency_type=kind).connect_dots_bounds()
         low, high = math.floor(reach.epsilon_lower / interval), math.ceil(reach.epsilon_upper / interval)
         curve = hockey_stick(np.arange(low, high + 1) * interval, sigma, q, kind is mechanism.AdjacencyType.REMOVE)
-        sides.append(connect(interval, low, high, np.minimum.accumulate(curve)))
+        sides.append(connect(interval, low, high, falling(curve)))
     return PrivacyLossDistribution(*(sides if q < 1 else sides[:1]))

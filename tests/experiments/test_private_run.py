@@ -73,6 +73,38 @@ def test_a_run_whose_checkpoint_is_gone_does_not_begin_with_empty_ledgers(tmp_pa
     assert run(config(epsilon=None), tmp_path / "plain")["event"] == "result", "nothing was promised there"
 
 
+def test_nobody_is_told_to_delete_a_ledger(tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def killed(record):
+        raise Killed
+
+    for name, budget, advice in (
+        ("private", 8.0, "add up what both runs spend: what this one released stays released"),
+        ("plain", None, "or delete this one to start again"),
+    ):
+        folder, settings = tmp_path / name, config(epsilon=budget)
+        with pytest.raises(Killed):
+            run(settings, folder, killed)
+        with pytest.raises(FedloraError, match=f"another run's checkpoint.*{advice}"):
+            run(settings.but(lr=0.5), folder)
+        with monkeypatch.context() as patch, pytest.raises(FedloraError, match=f"other code.*{advice}"):
+            patch.setattr("fedlora_mini.experiments.run.versions", lambda: {"source": "another"})
+            run(settings, folder)
+        (folder / "checkpoint.safetensors").write_bytes(b"cut short")
+        with pytest.raises(FedloraError, match=f"is damaged.*{advice}"):
+            run(settings, folder)
+
+
+@pytest.mark.parametrize("accountant", ["gdp", "zcdp"])
+def test_an_account_that_would_fail_in_the_end_fails_before_anything_is_trained(tmp_path, accountant):
+    settings = config(epsilon=None, sigma=1.0, accountant=accountant)
+    with pytest.raises(FedloraError, match="knows no sampling"):
+        run(settings, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_summary_prints_every_number_with_the_figure(tmp_path):
     result = run(config(rounds=1), tmp_path)
     row = summary([result]).loc["FedIT"]

@@ -48,7 +48,9 @@ def test_every_comparison_of_the_specification_is_there():
         assert {arm for name in schedules for arm in private.filtered(name)} | {"fedit:filter=doppler"} <= arms
         assert PARTS[f"{where}_half"].arms == tuple(private.filtered("fedit"))
         assert set(PARTS[f"{where}_open"].arms) == set(private.FIXED)
-    assert all(set(private.PLAIN) <= set(PARTS[f"phantom_{cell}"].arms) for cell in ("e1", "e8"))
+    for cell in ("e1", "e8"):
+        parts = [PARTS[f"phantom{kind}"].arms for kind in (f"_{cell}", f"_{cell}_half", f"_{cell}_rest")]
+        assert parts == [PARTS[f"phantom{kind}"].arms for kind in ("", "_half", "_rest")]
 
 
 def test_claims_on_private_runs_name_arms_of_the_study():

@@ -3,6 +3,7 @@ import torch
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation import dirichlet, repartition
+from fedlora_mini.federation.partition import mixtures
 from fedlora_mini.federation.sampling import batch_indices, drawn, flips, generator, participants
 
 
@@ -95,5 +96,22 @@ def test_repartition_keeps_every_image_in_its_part(tiny):
         assert torch.equal(before, after)
     assert dealt.sites[0].record["partition"] == "dirichlet"
     repartition(tiny, 2, 0.5, by="foreground")
+
+
+def test_a_client_is_tested_on_the_mixture_that_it_trains_on():
+    sizes = {"train": (200, 40, 120, 80), "val": (100, 20, 60, 40), "test": (50, 90, 30, 60)}
+    labels = {part: torch.arange(4).repeat_interleave(torch.tensor(n)) for part, n in sizes.items()}
+    least = {"train": 10, "val": 4, "test": 4}
+    parts = mixtures(labels, 6, 0.3, generator(5), least)
+    counts = {p: torch.stack([labels[p][rows].bincount(minlength=4) for rows in parts[p]]) for p in sizes}
+    for part, found in counts.items():
+        assert torch.equal(torch.cat(parts[part]).sort().values, torch.arange(sum(sizes[part])))
+        assert int(found.sum(1).min()) >= least[part]
+        share = found / torch.tensor(sizes[part])  # of each label's images, by client
+        assert (share - counts["train"] / torch.tensor(sizes["train"])).abs().max() < 0.05, "up to one image"
+    assert counts["train"].float().std(0).min() > 5, "uneven"
+
+
+def test_unknown_labels_are_refused(tiny):
     with pytest.raises(FedloraError, match="partition label"):
         repartition(tiny, 2, 0.5, by="colour")

@@ -26,6 +26,20 @@ def wait_for(file, text, seconds=120):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"method": "fedit"}, {"method": "hetlora", "ranks": (1, 2)}], ids=["fedit", "hetlora"]
+)
+def test_the_network_ends_with_the_bytes_of_the_same_run_in_process(tmp_path, settings):
+    config = RunConfig(**TINY | settings | {"sites": "2"})
+    with Loopback(config, tmp_path) as network:
+        *_, result = network.records()
+    torch.set_num_threads(1)
+    federation = Federation.build(config)
+    list(federation.rounds())
+    assert S.digest(load_file(tmp_path / "final.safetensors")) == S.digest(federation.server.state)
+    assert result["server_sha256"] == S.digest(federation.server.state)
+
+
 def test_the_network_ends_with_the_in_process_bytes_though_a_node_is_killed_in_mid_round(tmp_path):
     """Round 1 with three nodes; the second node is killed in round 2, in which the others use their private factors."""
     config = RunConfig(method="iat", **TINY)
