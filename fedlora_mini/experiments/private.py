@@ -40,7 +40,7 @@ COMMON: dict[str, Any] = {
     "threads": 1,
 }
 RATES = (0.1, 0.3, 0.6, 1.2, 3.0)
-WIDEN = 2  # further rates, one after another, for an arm whose best is the last of the grid
+WIDEN = 4  # further rates, one after another, for an arm whose best is the last of the grid
 SEARCH_SEEDS = (SEARCH_SEED, SEARCH_SEED + 1)  # of one alone the noise often chose the rate
 FILTERED = ("none", "low-pass", "permuted", "rescaled")
 AS = "as_lora:warmup=2"
