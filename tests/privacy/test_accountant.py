@@ -72,7 +72,7 @@ def test_several_mechanisms_together_agree_with_dp_accounting(delta):
 def test_next_to_no_noise_is_accounted_for_and_promises_nothing(sigma):
     """On an interval that grows with the loss, rounded up: never below the exact figure of a single Gaussian.
 
-    Beyond epsilon of about 700, where exp(-epsilon) is no number, delta is taken for the tail of the loss: a little more.
+    Beyond epsilon of about 700, where exp(-epsilon) is no number, delta is taken for the loss's tail: a little more.
     """
     exact, found = (epsilon([Release(sigma)], 1e-5, method) for method in ("gdp", "pld"))
     assert exact <= found < 1.002 * exact
