@@ -109,19 +109,22 @@ def _resumed(checkpoint: Path, federation: Federation) -> list[dict[str, Any]]:
     try:
         return load_checkpoint(checkpoint, federation.server, federation.engine, federation.watch)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise FedloraError(f"'{checkpoint}' is damaged: {error}; {_instead(federation.config)}") from None
+        raise FedloraError(f"'{checkpoint}' is damaged: {error}; {_instead(federation.config.asdict())}") from None
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     if old["config"] != new["config"]:
-        raise FedloraError(f"'{folder}' holds another run's checkpoint; {_instead(RunConfig(**old['config']))}")
+        raise FedloraError(f"'{folder}' holds another run's checkpoint; {_instead(old['config'])}")
     if old["versions"]["source"] != new["versions"]["source"]:
-        raise FedloraError(f"'{folder}' was begun by other code; {_instead(RunConfig(**old['config']))}")
+        raise FedloraError(f"'{folder}' was begun by other code; {_instead(old['config'])}")
 
 
-def _instead(config: RunConfig) -> str:
-    """What to do with a folder whose run cannot go on: what a private one released stays released."""
-    if config.private:
+def _instead(config: dict[str, Any]) -> str:
+    """What to do with a folder whose run cannot go on: what a private one released stays released.
+
+    The config is as another state of the code may have written it, so no RunConfig.
+    """
+    if config.get("epsilon") is not None or config.get("sigma") is not None:
         return "choose another folder, and add up what both runs spend: what this one released stays released"
     return "choose another folder, or delete this one to start again"
 

@@ -75,7 +75,8 @@ def train(
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
-        drift = {n: BETA * drift[n] + (1 - BETA) * (value.detach() - begin[n]) for n, value in params.items()}
+        if penalty is not None:
+            drift = {n: BETA * drift[n] + (1 - BETA) * (value.detach() - begin[n]) for n, value in params.items()}
         if (step + 1) % steps == 0:
             optimiser.state.clear()
             with torch.no_grad():

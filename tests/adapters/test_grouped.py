@@ -6,7 +6,7 @@ from torch import nn
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters import LoRA, call, inject, merge, prepare, trainable
-from fedlora_mini.adapters.grouped import expand, per_sample_gradients
+from fedlora_mini.adapters.grouped import check_groupable, expand, per_sample_gradients
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.losses import segmentation_loss
 from fedlora_mini.models import zoo
@@ -98,6 +98,14 @@ def test_batch_statistics_are_refused():
     model.train()
     with pytest.raises(FedloraError, match=r"mixes the samples"):
         per_sample_gradients(model, state, segmentation_loss, x, y)
+
+
+def test_an_instance_norm_that_keeps_statistics_is_refused_while_it_does():
+    keeping = nn.InstanceNorm2d(4, track_running_stats=True)
+    with pytest.raises(FedloraError, match="instance norm 'stem' keeps the mean statistics"):
+        check_groupable({"stem": keeping}, [])
+    check_groupable({"stem": keeping.eval()}, [])
+    check_groupable({"stem": nn.InstanceNorm2d(4)}, [])
 
 
 def test_a_loss_that_is_not_per_image_is_refused():

@@ -92,6 +92,9 @@ def test_nobody_is_told_to_delete_a_ledger(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(FedloraError, match=f"other code.*{advice}"):
             patch.setattr("fedlora_mini.experiments.run.versions", lambda: {"source": "another"})
             run(settings, folder)
+        older = settings.asdict() | {"a_setting_of_older_code": 1}  # which no RunConfig takes
+        with pytest.raises(FedloraError, match=f"another run's checkpoint.*{advice}"):
+            runs._check_same({"config": older}, {"config": settings.asdict()}, folder)
         (folder / "checkpoint.safetensors").write_bytes(b"cut short")
         with pytest.raises(FedloraError, match=f"is damaged.*{advice}"):
             run(settings, folder)
