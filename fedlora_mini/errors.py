@@ -8,6 +8,10 @@ class FedloraError(ValueError):
     """Bad input. The command line prints the message alone, without a traceback."""
 
 
+class Diverged(FedloraError):
+    """Training left the finite numbers at every client: the rate was too large."""
+
+
 def unknown(kind: str, name: object, accepted: Iterable[str]) -> FedloraError:
     """The error for a name that is not in a table: `raise unknown("method", "fedid", METHODS)`."""
     names = sorted(accepted)

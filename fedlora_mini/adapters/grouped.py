@@ -52,7 +52,8 @@ def per_sample_gradients(
     losses = loss(call(model, leaves | shared, x), y)
     if losses.shape != x.shape[:1]:
         raise FedloraError(f"the loss must be one number per image, {tuple(x.shape[:1])}, not {tuple(losses.shape)}")
-    gradients = torch.autograd.grad(losses.sum(), [leaves[name] for name in wanted])
+    with torch.autocast(x.device.type, enabled=False):  # the backward pass keeps the types that the forward one chose
+        gradients = torch.autograd.grad(losses.sum(), [leaves[name] for name in wanted])
     return dict(zip(wanted, gradients, strict=True)), losses.detach()
 
 

@@ -120,6 +120,8 @@ def convolve_each(layer: Any, x: Tensor, kernels: Tensor) -> Tensor:
     if layer.padding_mode != "zeros" or isinstance(padding, str):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), (0,) * (x.dim() - 2)
+    if torch.is_autocast_enabled(x.device.type):  # which looks into no operation of ours
+        x, kernels = (each.to(torch.get_autocast_dtype(x.device.type)) for each in (x, kernels))
     move = Geometry(layer.stride, padding, layer.dilation, layer.output_padding, turned, layer.groups)
     return PerImage.apply(x, kernels, move)
 

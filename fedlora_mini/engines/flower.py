@@ -54,6 +54,7 @@ class FlowerEngine:
     ) -> None:
         self.grid, self.nodes, self.timeout, self.device, self.untimed = grid, nodes, timeout, device, untimed
         self.heard = dict.fromkeys(nodes, 0)  # client -> the last round whose update arrived
+        self.reasons: dict[int, str] = {}  # client -> what its node said in the place of its last answer
 
     @property
     def clients(self) -> list[int]:
@@ -68,9 +69,15 @@ class FlowerEngine:
             yield Update(client, unpack(content, self.device), notes["weight"], notes["loss"], notes["steps"])
 
     def scores(self, state: State) -> dict[str, Any]:
-        """Site -> the scores of its personal model, taken where its private part is; `state` is the server's."""
+        """Site -> the scores of its personal model, taken where its private part is; `state` is the server's.
+
+        Without a site whose node does not answer; raises if none does.
+        """
         contents = {client: pack(state, heard=self.heard[client]) for client in self.clients}
         replies = [json.loads(content[NOTES]["scores"]) for _, content in self._ask("evaluate", contents)]
+        if not replies:
+            told = "; ".join(sorted(set(self.reasons.values()))) or "no node answered"
+            raise FedloraError(f"no personal model could be scored: {told}")
         return {name: scores for reply in replies for name, scores in reply.items()}
 
     def _ask(self, kind: str, contents: "Mapping[int, RecordDict]") -> "Iterator[tuple[int, RecordDict]]":
@@ -90,7 +97,10 @@ class FlowerEngine:
             raise FedloraError(f"the SuperLink took none of the {len(messages)} messages: its log says why")
         for client, number in sorted(zip(contents, numbers, strict=True)):
             reply = self._reply(number, until) if number else None
-            if reply is not None and reply.has_content():
+            self.reasons.pop(client, None)
+            if reply is not None and reply.has_error():
+                self.reasons[client] = reply.error.reason.strip().partition("\n")[0]
+            elif reply is not None:
                 yield client, reply.content
 
     def _reply(self, number: str, until: float) -> "Message | None":

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Key, adapters, trainable
@@ -110,17 +109,11 @@ class LocalEngine:
             member.receive(requests[member.number])
         round, budget = requests[group[0]].round, own.budget.of(len(members[0].data))
         draws = [member.batches(round, budget) for member in members]
-
-        def batches(step: int) -> tuple[Tensor, Tensor]:
-            parts = [draw(step) for draw in draws]
-            return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
-
         guarded = [each for member in members if (each := member.guarded(round, budget, "batches")) is not None]
-        guard = GuardedGroup(guarded, draws) if guarded and len(members) > 1 else next(iter(guarded), None)
-        if isinstance(guard, GuardedGroup):
-            batches = guard.batches
+        together = GuardedGroup(guarded, draws)
+        guard = together if len(guarded) > 1 else next(iter(guarded), None)
         starts, kept = [member.tensors for member in members], [member.notes for member in members]
-        args = (own.model, own.method, own.keys, starts, batches, budget, round, own.precision)
+        args = (own.model, own.method, own.keys, starts, together.batches, budget, round, own.precision)
         ends, losses = train(*args, kept=kept, guard=guard)
         yield from (m.close(end, loss, round) for m, end, loss in zip(members, ends, losses, strict=True))
 

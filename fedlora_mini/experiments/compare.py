@@ -1,5 +1,6 @@
 """Several methods, several seeds, one matched budget: run them all, keep one line a run."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora_mini.data import DATASETS, Dataset
-from fedlora_mini.errors import FedloraError
+from fedlora_mini.errors import Diverged, FedloraError
 from fedlora_mini.experiments.arms import parse_arm
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.federation import METRICS, dataset_of
+from fedlora_mini.experiments.federation import METRICS, Federation, dataset_of
 from fedlora_mini.experiments.lines import add_lines, read_lines
 from fedlora_mini.experiments.run import run
 
@@ -79,14 +80,11 @@ class Comparison:
     def run(self) -> list[dict[str, Any]]:
         """All results, methods within seeds; also written to `results.jsonl`, beside the other runs that it holds.
 
-        A record with a searched rate says under "search" which seeds' images chose it, and what each rate scored there.
+        A record with a searched rate says under "search" which seeds' images chose it, and what each rate scored there
+        (None where it diverged). Raises before anything trains for an arm that cannot run.
         """
-        if len(set(self.methods)) != len(self.methods):
-            raise FedloraError(f"a method is named twice: {', '.join(self.methods)}")
-        common = self.settings.get("change", {})
-        parsed = [parse_arm(text) for text in self.methods]
-        arms = [RunConfig(**self.settings | {"method": name, "change": common | own}) for name, own in parsed]
-        on = search_seeds(arms[0]) if self.search_seeds is None else self.search_seeds
+        arms, on = self.check()
+        self.searched.clear()
         file = self.folder / "results.jsonl"
         if file.exists():
             read_lines(file)  # raises for a damaged one before anything runs
@@ -101,6 +99,19 @@ class Comparison:
         add_lines(file, results)
         return results
 
+    def check(self) -> tuple[list[RunConfig], Sequence[int]]:
+        """The arms, and the seeds on which their rates are searched; raises for an arm that cannot run."""
+        common = self.settings.get("change", {})
+        parsed = [parse_arm(text) for text in self.methods]
+        arms = [RunConfig(**self.settings | {"method": name, "change": common | own}) for name, own in parsed]
+        if len({config.key() for config in arms}) != len(arms):
+            raise FedloraError(f"a method is named twice: {', '.join(self.methods)}")
+        on = search_seeds(arms[0]) if self.search_seeds is None else self.search_seeds
+        for config in arms:
+            first = config.but(seed=(*on, *self.seeds)[0] if self.rates else self.seeds[0])
+            Federation.build(first, self._dataset(first))
+        return arms, on
+
     def _search(self, config: RunConfig, seeds: Sequence[int]) -> Found:
         """The rate with the best personal validation score on these seeds; ties go to the smaller one.
 
@@ -114,12 +125,19 @@ class Comparison:
                 break
             further = best * 2 if best == max(tried) else best / 2
             tried[further] = self._tried(blind.but(lr=further), seeds)
-        told = {"seeds": list(seeds), "tried": {f"{rate:g}": tried[rate] for rate in sorted(tried)}}
+        if max(tried.values()) == -math.inf:
+            every = ", ".join(f"{rate:g}" for rate in sorted(tried))
+            raise FedloraError(f"'{config.method}' diverges at every rate that was tried: {every}")
+        scores = {f"{rate:g}": score if score > -math.inf else None for rate, score in sorted(tried.items())}
+        told = {"seeds": list(seeds), "tried": scores}
         return config.but(lr=max(sorted(tried), key=lambda rate: tried[rate])), {"search": told}
 
     def _tried(self, config: RunConfig, seeds: Sequence[int]) -> float:
-        """Its mean validation score over these seeds."""
-        records = [self._one(config.but(seed=seed), test=False) for seed in seeds]
+        """Its mean validation score over these seeds; -inf where training leaves the finite numbers."""
+        try:
+            records = [self._one(config.but(seed=seed), test=False) for seed in seeds]
+        except Diverged:
+            return -math.inf
         self.searched += records
         return sum(map(validation, records)) / len(records)
 

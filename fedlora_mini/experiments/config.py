@@ -92,7 +92,7 @@ class RunConfig:
         if self.unit not in UNITS:
             raise unknown("unit of privacy", self.unit, UNITS)
         if self.private:
-            self._guarding(self.sigma or 1.0, 1.0)
+            self._guarding(1.0 if self.sigma is None else self.sigma, 1.0)
             if self.leakage:
                 raise FedloraError(
                     "leakage is read off gradients and changes without noise: leave it out under privacy"

@@ -13,6 +13,7 @@ from torch import nn
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters import ADAPTERS, keys, prepare, trainable
+from fedlora_mini.adapters.features import statistic
 from fedlora_mini.data import Dataset, Split, load
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
@@ -86,6 +87,12 @@ class Federation:
         table = keys(model, list(start))
         if told := row.keeps_nothing(table, config.model) or row.sends_nothing(table):
             raise FedloraError(told)
+        noised = [name for name, key in table.items() if statistic(name) and row.shared(key)]
+        if config.private and config.unit == "client" and noised:
+            told = f"noise on '{noised[0]}' can make a variance negative"
+            raise FedloraError(
+                f"{told}: privacy of clients needs a network without batch norms, or norms that stay home"
+            )
         train = [site.train for site in data.sites]
         ranks = config.ranks_of(len(train), row)
         train = [Split.concat(train)] if row.pooled else train
@@ -213,8 +220,8 @@ class Federation:
                 state = engine.personal(member.number, self.server)
                 out["personal"][site.name] = scores(state, getattr(site, part), member.notes)
         if "global" in wanted:
-            one = not any(map(engine.private, common)) and not engine.method.work.notes  # one model for all
-            same = "personal" in out and one
+            own = engine.method.work.notes or engine.method.personal_notes  # what a site's model reads besides
+            same = "personal" in out and not own and not any(map(engine.private, common))  # one model for all
             common_notes = self.server.state
             out["global"] = (
                 out["personal"]

@@ -56,6 +56,7 @@ def run(
     federation = Federation.build(config, data() if data else None)
     server, engine = federation.server, federation.engine
     head = {"event": "start", "config": config.asdict(), "versions": versions(), "machine": machine(engine.device)}
+    head = json.loads(json.dumps(head))  # as a checkpoint has it
     checkpoint = folder / "checkpoint.safetensors"
     if config.private and not checkpoint.exists():
         check_nothing_released(folder / "log.jsonl")

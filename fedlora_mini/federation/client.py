@@ -128,7 +128,7 @@ def train(
             value.backward()
         else:
             losses = torch.full_like(total, math.nan)
-            group.release_(guard, x, y)
+            group.release_(x, y)
         group.change_gradients_()
         optimiser.step()
         for name in group.proximal_steps_():

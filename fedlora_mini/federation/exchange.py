@@ -1,5 +1,6 @@
 """What travels between server and clients, and the server's memory."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -11,6 +12,7 @@ from fedlora_mini.state import State, finite
 
 OWN = "~~"  # how the names of the server's own memory begin, such as momenta: they never travel
 MASK = "~mask"  # ends the name of a message that says which entries of the tensor before it are sent
+NOT_FINITE = "NaN or infinite values"  # why an update of a training that diverged is refused
 BANK = "~bank/"  # messages that the server keeps apart by client, as "~bank/…/<client>", and passes on
 
 
@@ -95,9 +97,9 @@ def refusal(update: Update, expected: State, messages: Iterable[str] = (), unequ
         if value.dtype != wanted.dtype:
             return f"client {update.client}: '{name}' is {value.dtype}, expected {wanted.dtype}"
     if not finite(update.state):
-        return f"client {update.client}: NaN or infinite values"
-    if not update.weight > 0:
-        return f"client {update.client}: weight {update.weight} is not positive"
+        return f"client {update.client}: {NOT_FINITE}"
+    if not 0 < update.weight < math.inf:
+        return f"client {update.client}: weight {update.weight} is not positive and finite"
     return None
 
 

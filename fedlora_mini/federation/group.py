@@ -124,8 +124,9 @@ class Group:
             found = torch.autograd.grad(value, list(moving.values()), allow_unused=True)
         return {name: g for name, g in zip(moving, found, strict=True) if g is not None}
 
-    def release_(self, guard: Guarded | GuardedGroup, x: Tensor, y: Tensor) -> None:
-        """Leave the private gradient in the parameters, and beside it those of the terms, which read no image."""
+    def release_(self, x: Tensor, y: Tensor) -> None:
+        """Leave the guard's private gradient in the parameters, and beside it the terms', which read no image."""
+        assert self.guard is not None
         each = zip(self.views(), self.contexts, strict=True)
         seen = [(term, view, self._shown(term, context)) for view, context in each for term in self.terms]
         value = sum((term.penalty(view, context) for term, view, context in seen), 0.0)
@@ -133,7 +134,7 @@ class Group:
             value.backward()
         fixed = {name: p.detach() for name, p in self.params.items()}
         with autocast(x.device, self.precision):
-            gradient = guard.gradient(self.model, fixed, task_loss, x, y, self.contexts[0].moves)
+            gradient = self.guard.gradient(self.model, fixed, task_loss, x, y, self.contexts[0].moves)
         for name, g in gradient.items():
             own = self.params[name].grad
             self.params[name].grad = g if own is None else own + g

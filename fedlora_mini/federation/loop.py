@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Adapter, Key
-from fedlora_mini.errors import FedloraError
+from fedlora_mini.errors import Diverged, FedloraError
 from fedlora_mini.federation.aggregation.answer import answer
 from fedlora_mini.federation.aggregation.padded import truncate
 from fedlora_mini.federation.exchange import (
     BANK,
+    NOT_FINITE,
     Request,
     Server,
     Update,
@@ -30,7 +31,10 @@ from fedlora_mini.state import State
 
 
 class Engine(Protocol):
-    """Runs clients somewhere: in this process, or over a network. One that says `untimed` has its seconds not told."""
+    """Runs clients somewhere: in this process, or over a network. One that says `untimed` has its seconds not told.
+
+    `reasons`, where it has them: client -> why it did not answer.
+    """
 
     @property
     def clients(self) -> list[int]: ...
@@ -93,8 +97,9 @@ class Desk:
             self.weight += update.weight
             self.loss += update.weight * update.loss
             self.bank |= by_client(update)
-            if unequal:
-                self.ranks[update.client] = max(len(v) for n, v in update.state.items() if n.endswith(".A"))
+            ranks = [len(v) for n, v in update.state.items() if n.endswith(".A")]
+            if unequal and ranks:
+                self.ranks[update.client] = max(ranks)
             yield replace(update, state=S.pick(update.state, lambda name: not name.startswith(BANK)))
 
 
@@ -166,10 +171,12 @@ def federate(
         desk = Desk(S.pick(before, is_model), method)
         measured = meter(server.state) if meter is not None and not silent else None
         returned = _combine(desk, engine.exchange(requests), before, bool(requests), measured)
-        desk.refused += [f"client {client}: no answer" for client in sorted(requests.keys() - desk.answered)]
+        reasons, silence = getattr(engine, "reasons", {}), sorted(requests.keys() - desk.answered)
+        desk.refused += [f"client {k}: no answer{f' ({reasons[k]})' if k in reasons else ''}" for k in silence]
         if returned is None:
             why = "nobody answered" if silent else "; ".join(desk.refused)
-            raise FedloraError(f"round {t}: no usable update ({why}). A smaller --lr often helps.")
+            kind = Diverged if desk.refused and all(NOT_FINITE in each for each in desk.refused) else FedloraError
+            raise kind(f"round {t}: no usable update ({why}). A smaller --lr often helps.")
         server.seen |= dict.fromkeys(desk.answered & requests.keys(), server.round)  # the others may not have heard
         error = _advance(server, desk, returned, layers or {}, measured)
         record = Round(

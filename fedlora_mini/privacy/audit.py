@@ -46,6 +46,11 @@ def release_ceiling(fpr: ArrayLike, release: Release) -> NDArray[np.float64]:
     loss attains the minimum. Never below the truth. `gaussian_ceiling` for q = 1. Dong et al. 2022.
     """
     f = np.asarray(fpr, dtype=float)
+    if not (release.times and release.q):
+        return np.clip(f, 0.0, 1.0)
+    if release.sigma == 0:  # seen as soon as it is drawn once
+        missed = (1 - release.q) ** release.times
+        return np.clip(1 - missed + missed * f, 0.0, 1.0)
     if release.q == 1:
         return gaussian_ceiling(f, math.sqrt(release.times) / release.sigma)
     return np.clip((np.multiply.outer(f, np.exp(EPSILONS)) + _deltas(release)).min(-1), 0.0, 1.0)

@@ -55,7 +55,9 @@ def clip_sum(gradients: Mapping[str, Tensor], C: float, how: str = "flat") -> St
     Its sensitivity to adding or removing one sample is C: the noise is the caller's. how: "flat" is min(1, C / ||g_i||)
     (Abadi et al. 2016), "per-layer" clips every layer to its share (McMahan et al. 2018), "normalised" is automatic
     clipping (Bu et al. 2023). C = inf is the plain sum. A gradient whose norm is not finite counts as 0: otherwise one
-    sample decides whether there is a sum. methods.md card 1.1.
+    sample decides whether there is a sum. Inside autocast too it is a sum in the gradients' own precision: rounding
+    could lengthen it. Raises for a C that is not positive, another `how`, and "normalised" without a finite C.
+    methods.md card 1.1.
     """
     if not C > 0:
         raise FedloraError(f"the clipping norm C must be positive, got {C}")
@@ -73,9 +75,9 @@ def clip_sum(gradients: Mapping[str, Tensor], C: float, how: str = "flat") -> St
     factors = CLIPS[how](layers, norm, C)
     rows.nan_to_num_(0.0, 0.0, 0.0)  # its factor is 0, and 0 * inf is not 0
     blocks = layers if len(factors) > 1 else [rows]
-    total = torch.cat(
-        [(c.masked_fill(~torch.isfinite(norm), 0.0)[None] @ block)[0] for c, block in zip(factors, blocks, strict=True)]
-    )
+    factors = [c.masked_fill(~torch.isfinite(norm), 0.0) for c in factors]
+    with torch.autocast(rows.device.type, enabled=False):
+        total = torch.cat([(c[None] @ block)[0] for c, block in zip(factors, blocks, strict=True)])
     flats = total.split([g.shape[1:].numel() for g in ordered.values()])
     sums = {name: own.view(g.shape[1:]) for (name, g), own in zip(ordered.items(), flats, strict=True)}
     return {name: sums[name] for name in gradients}

@@ -128,9 +128,39 @@ def test_with_the_test_images_held_out_one_search_does_for_all_seeds(tmp_path):
         assert len(tests) == 300 and not tests & part and r["search"]["seeds"] == [SEARCH_SEED]
 
 
+def test_an_arm_named_twice_in_another_order_is_refused(tmp_path):
+    with pytest.raises(FedloraError, match="named twice"):
+        Comparison(["resfim:score=lottery,tau=0.1", "resfim:tau=0.1,score=lottery"], [0], TINY, tmp_path).run()
+
+
 def test_a_method_named_twice_is_refused(tmp_path):
     with pytest.raises(FedloraError, match="twice"):
         Comparison(["fedit", "fedit"], [0], TINY, tmp_path).run()
+
+
+@pytest.mark.parametrize(
+    ("arms", "changes", "message"),
+    [
+        (["fedit", "fedavg"], {"sigma": 1.0}, "no adapter's factor"),
+        (["fedit", "flora"], {"sigma": 1.0, "unit": "client"}, "'FLoRA'"),
+        (["fedit", "ditto"], {"execution": "grouped"}, "'Ditto"),
+        (["fedit", "fedbn"], {"model": "unet", "base": "none"}, "FedBN"),
+    ],
+)
+@pytest.mark.parametrize("rates", [(), (1e-3, 1e-2)])
+def test_an_arm_that_cannot_run_is_found_before_any_other_trains(tmp_path, arms, changes, message, rates):
+    with pytest.raises(FedloraError, match=message):
+        Comparison(arms, [0], TINY | changes, tmp_path, rates).run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rate_that_diverges_is_the_worst_one_and_stops_nothing(tmp_path):
+    own = TINY | {"optimiser": "sgd", "rounds": 1, "steps": 3}
+    [result] = Comparison(["fedit"], [0], own, tmp_path / "one", (1e-3, 1e30)).run()
+    assert result["config"]["lr"] == 1e-3 and result["search"]["tried"]["1e+30"] is None
+    assert json.loads((tmp_path / "one/results.jsonl").read_text())["search"] == result["search"]
+    with pytest.raises(FedloraError, match=r"'fedit' diverges at every rate that was tried: 1e\+30, 1e\+31"):
+        Comparison(["fedit"], [0], own, tmp_path / "all", (1e30, 1e31)).run()
 
 
 def test_a_file_without_results_is_refused(tmp_path):

@@ -5,7 +5,9 @@ import math
 import warnings
 
 import pytest
+import torch
 
+from fedlora_mini import state as S
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import federation as federations
 from fedlora_mini.experiments import run as runs
@@ -310,3 +312,34 @@ def test_clients_budgets_end_a_run_too(tmp_path):
 def test_bad_settings_are_named(changes, message):
     with pytest.raises(FedloraError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize("execution", ["sequential", "grouped"])
+@pytest.mark.parametrize("method", ["fedit", "fedprox"])
+def test_a_private_run_in_bf16_follows_the_one_in_full_precision(execution, method):
+    ends = {}
+    for precision in ("float32", "bf16"):
+        federation = Federation.build(config(method=method, execution=execution, precision=precision, rounds=1))
+        start = federation.server.state
+        list(federation.rounds())
+        ends[precision] = S.sub(federation.server.state, start)
+    assert {value.dtype for value in ends["bf16"].values()} == {torch.float32}
+    apart = S.norm(S.sub(ends["bf16"], ends["float32"])) / S.norm(ends["float32"])
+    assert 0 < apart < 0.1
+
+
+def test_noise_on_running_statistics_is_refused_where_clients_are_protected():
+    """A noised variance may be negative, and the network's answer then no number."""
+    own = {"unit": "client", "epsilon": None, "sigma": 1.0, "model": "unet_bn", "base": "none"}
+    with pytest.raises(FedloraError, match=r"running_.* variance negative.*without batch norms"):
+        Federation.build(config(method="fedavg", **own))
+    Federation.build(config(method="fedbn", **own))  # its norms stay home
+
+
+def test_without_noise_nothing_has_to_be_clipped():
+    for unit in ("image", "client"):
+        federation = Federation.build(config(unit=unit, epsilon=None, sigma=0.0, clip=math.inf, rounds=1))
+        list(federation.rounds())
+        assert all(value.isfinite().all() for value in federation.server.state.values())
+    with pytest.raises(FedloraError, match="finite C, or sigma = 0"):
+        config(epsilon=None, sigma=1.0, clip=math.inf)

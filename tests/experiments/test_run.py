@@ -143,8 +143,9 @@ def test_a_run_holds_no_more_updates_than_its_rule(monkeypatch):
 
 
 @pytest.mark.slow
-def test_stopping_after_any_round_and_going_on_changes_nothing(tmp_path):
-    config = RunConfig(method="fedsa", fraction=0.5, **TINY)
+@pytest.mark.parametrize("own", [{"method": "fedsa", "fraction": 0.5}, {"method": "flora", "ranks": (1, 2)}])
+def test_stopping_after_any_round_and_going_on_changes_nothing(tmp_path, own):
+    config = RunConfig(**own, **TINY)
     whole = run(config, tmp_path / "whole")
 
     class Stop(Exception):
@@ -209,6 +210,14 @@ def test_pooled_training_gives_every_site_the_same_model(tmp_path):
     assert federation.engine.clients == [0]
     scores = federation.evaluate(hd95=False)
     assert scores["personal"] == scores["global"]
+
+
+def test_the_common_model_is_scored_with_the_servers_notes():
+    """Whether or not the sites' own models, which read the notes that they have, were scored before it."""
+    federation = Federation.build(RunConfig(method="harmofl", **TINY | {"rounds": 1}))
+    list(federation.rounds())
+    alone = federation.evaluate(hd95=False, protocols=("global",))["global"]
+    assert federation.evaluate(hd95=False)["global"] == alone
 
 
 def test_bf16_runs_the_same_path(tmp_path):

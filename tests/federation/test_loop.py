@@ -91,7 +91,7 @@ def test_updates_are_combined_in_the_order_of_clients(setting):
     assert S.digest(first.state) == S.digest(second.state)
 
 
-@pytest.mark.parametrize("flaw", ["nan", "inf", "shape", "name", "dtype", "weight"])
+@pytest.mark.parametrize("flaw", ["nan", "inf", "shape", "name", "dtype", "weight", "infinite weight"])
 def test_a_broken_update_is_refused_reported_and_left_out(setting, flaw):
     good = constant(lambda client: 1.0, setting)
 
@@ -108,8 +108,8 @@ def test_a_broken_update_is_refused_reported_and_left_out(setting, flaw):
             value = value[..., :-1]
         elif flaw == "dtype":
             value = value.double()
-        elif flaw == "weight":
-            weight = 0.0
+        elif "weight" in flaw:
+            weight = 0.0 if flaw == "weight" else float("inf")
         broken = {**update.state, name: value}
         if flaw == "name":
             broken["somewhere.else"] = broken.pop(name)

@@ -280,6 +280,7 @@ def test_only_what_takes_turns_has_a_first_factor():
     [
         (lambda: Selection(warmup=3), "even"),
         (lambda: Selection(memory=2.0), "memory"),
+        (lambda: Selection(coldest=0.0), "coldest"),
         (lambda: Selected("exact"), "unknown curvature of AS-LoRA 'exact'"),
         (lambda: Selected(since=0), "since must be a round"),
     ],

@@ -8,7 +8,15 @@ from scipy.stats import norm
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.privacy import Release, calibrate, epsilon
-from fedlora_mini.privacy.audit import ceiling, chance_of, gaussian_bound, gaussian_ceiling, lower_bound, one_run_bound
+from fedlora_mini.privacy.audit import (
+    ceiling,
+    chance_of,
+    gaussian_bound,
+    gaussian_ceiling,
+    lower_bound,
+    one_run_bound,
+    release_ceiling,
+)
 
 
 def randomised_response(eps, n, rng):
@@ -130,3 +138,14 @@ def test_the_gaussian_bound_exceeds_the_truth_no_more_often_than_promised():
 
 def test_counts_that_say_nothing_give_no_bound():
     assert gaussian_bound(0, 10, 0, 10) == 0 == gaussian_bound(10, 10, 10, 10) == gaussian_bound(5, 10, 6, 10)
+
+
+def test_the_ceiling_of_no_release_is_a_guess_and_without_noise_to_be_drawn_is_to_be_seen():
+    fpr = np.array([0.0, 0.1, 0.7, 1.0])
+    assert np.array_equal(release_ceiling(fpr, Release(1.0, 0.5, 0)), fpr)
+    assert np.array_equal(release_ceiling(fpr, Release(1.0, 0.0, 5)), fpr)
+    assert np.array_equal(release_ceiling(fpr, Release(0.0, 1.0, 5)), np.ones(4))
+    exact = release_ceiling(fpr, Release(0.0, 0.5, 2))
+    assert exact == pytest.approx(0.75 + 0.25 * fpr)
+    hardly = release_ceiling(fpr, Release(1e-2, 0.5, 2))
+    assert (hardly >= exact - 1e-9).all() and hardly == pytest.approx(exact, abs=0.03)

@@ -84,3 +84,12 @@ def test_sums_of_several_batches_in_one_call_are_those_of_each(how):
     found = torch.func.vmap(lambda own: clip_sum({"a.A": own}, 0.5, how))(g)["a.A"]
     for total, own in zip(found, g, strict=True):
         assert torch.allclose(total, clip_sum({"a.A": own}, 0.5, how)["a.A"])
+
+
+@pytest.mark.parametrize("how", CLIPS)
+def test_inside_autocast_no_row_becomes_longer_than_C(how):
+    g = {name: value[:1] * 100 for name, value in gradients().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = clip_sum(g, 1.0, how)
+    assert S.norm(found) <= 1 + 1e-6 and {value.dtype for value in found.values()} == {torch.float32}
+    assert all(torch.equal(found[name], value) for name, value in clip_sum(g, 1.0, how).items())

@@ -83,7 +83,8 @@ class ClientDP:
             inside += 0.5 if float(norms(change)) <= C else -0.5  # of sensitivity 1/2: nobody knows how many were drawn
             total = S.add(total, clip_sum(change, C, self.clipping))
         source: Source = Secure() if self.secure else Seeded(generator(self.seed, round, "server noise"))
-        moved = S.add(now, add_noise(total, self.sum_sigma * C, source), 1 / self.clients)
+        std = self.sum_sigma * C if self.sigma else 0.0  # C may be infinite without noise
+        moved = S.add(now, add_noise(total, std, source), 1 / self.clients)
         out = {name: value.to(server[name].dtype) for name, value in moved.items()}
         out[ROUND] = torch.tensor(round)
         if self.quantile is not None:

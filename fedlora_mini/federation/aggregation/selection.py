@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fedlora_mini import state as S
+from fedlora_mini.accepted import ranges
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.exchange import OWN, Update, is_model
 from fedlora_mini.federation.sampling import generator
@@ -55,9 +56,7 @@ class Selection:
             raise unknown("choice of AS-LoRA", self.choice, CHOICES)
         if self.warmup is not None and (self.warmup < 2 or self.warmup % 2):
             raise FedloraError(f"warmup must be an even number of rounds, at least 2, got {self.warmup}")
-        for name in ("memory", "cooling", "coldest"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise FedloraError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        ranges(self, memory="[0, 1]", cooling="[0, 1]", coldest="(0, 1]")
 
     def within(self, rounds: int) -> "Selection":
         """The rule for a run of so many rounds."""
