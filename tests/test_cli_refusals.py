@@ -1,7 +1,9 @@
 """What the command line does not take: one line that says what it takes, status 2, nothing written and nothing lost."""
 
 import json
+import runpy
 import stat
+import sys
 
 import pytest
 
@@ -218,3 +220,10 @@ def test_a_few_shot_study_keeps_what_its_folder_held_and_names_a_damaged_line(tm
     (tmp_path / "runs.jsonl").write_text(lines[0][:99] + "\n" + lines[1] + "\n")
     assert main(["fewshot", "head", "--shots", "1", "--out", str(tmp_path)]) == 2
     assert "runs.jsonl' is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["counterfactual", "nearness", "raters", "side_by_side", "unadapted"])
+def test_a_module_that_writes_records_asks_for_the_file(module, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["anything"])
+    with pytest.raises(SystemExit, match=rf"usage: python -m fedlora_mini\.experiments\.{module} FILE\.jsonl"):
+        runpy.run_module(f"fedlora_mini.experiments.{module}", run_name="__main__", alter_sys=True)

@@ -9,7 +9,6 @@ seed; those that the file holds are not made again:
 """
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation, dataset_of
 from fedlora_mini.experiments.leakage import split_pairs
+from fedlora_mini.experiments.lines import records_file
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.metrics.leakage import energy_null, leak_energy
 from fedlora_mini.state import State
@@ -140,4 +140,4 @@ def main(path: Path, arms: Mapping[str, dict[str, Any]] = ARMS) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(records_file())

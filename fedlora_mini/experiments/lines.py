@@ -1,6 +1,7 @@
 """Records in files: read with errors that name the file, and added to what a file holds, so that nothing is lost."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,3 +46,12 @@ def add_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
     """Write records beside those that the file holds; one of an equal configuration takes the old one's place."""
     kept = {key_of(r): r for r in read_lines(path)} if path.exists() else {}
     write_lines(path, list((kept | {key_of(r): r for r in records}).values()))
+
+
+def records_file() -> Path:
+    """The file that `python -m MODULE FILE.jsonl` names. Ends with the usage if it names none."""
+    if len(sys.argv) < 2:
+        spec = sys.modules["__main__"].__spec__
+        name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+        sys.exit(f"usage: python -m {name} FILE.jsonl    (where the records go)")
+    return Path(sys.argv[1])

@@ -6,7 +6,6 @@ best one for this object and pair. A simulated supervision shift is such a rule;
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
@@ -21,6 +20,7 @@ from fedlora_mini.data.seeds import generator
 from fedlora_mini.data.shift import site_supervision
 from fedlora_mini.data.supervision import signed_distance
 from fedlora_mini.experiments.checkpoint import write_atomically
+from fedlora_mini.experiments.lines import records_file
 from fedlora_mini.experiments.provenance import machine, versions
 
 MOVES = torch.arange(-8, 8.1, 0.5)  # pixels
@@ -83,4 +83,4 @@ def main(path: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(records_file())

@@ -23,6 +23,7 @@ import torch
 from fedlora_mini import state as S
 from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.lines import records_file
 from fedlora_mini.experiments.loopback import Loopback
 from fedlora_mini.experiments.network import build, rounds
 
@@ -121,4 +122,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(records_file())

@@ -16,6 +16,7 @@ from fedlora_mini.errors import unknown
 from fedlora_mini.experiments.checkpoint import write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
+from fedlora_mini.experiments.lines import records_file
 from fedlora_mini.experiments.provenance import machine, versions
 from fedlora_mini.metrics.segmentation import score
 
@@ -75,4 +76,4 @@ def main(path: Path, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(records_file(), *sys.argv[2:])

@@ -231,7 +231,7 @@ def test_without_any_score_a_run_has_no_end(monkeypatch):
     config = RunConfig(method="fedit", **TINY)
     wire, server = Wire(config, range(3)), Federation.build(config).server
     engine = FlowerEngine(wire, {k: node_id(k) for k in range(3)}, 0.05, CPU)
-    with pytest.raises(FedloraError, match="no personal model could be scored: .*lost its memory"):
+    with pytest.raises(FedloraError, match=r"no personal model could be scored: .*lost its memory"):
         engine.heard = dict.fromkeys(engine.heard, 7)
         engine.scores(server.state)
     wire.lost = lambda client, kind, round: True

@@ -132,7 +132,7 @@ FEWSHOT: dict[str, Claim] = {
         "lora-8",
         -1,
         source="",
-        not_matched="trained parameters (ten times as many)",
+        not_matched="trained parameters (five times as many)",
     ),
     "arena-over-sora": _fewshot(
         "Proximal steps on v (ARENA) score higher than SoRA's thresholded Adam steps.",

@@ -3,10 +3,8 @@
 python -m fedlora_mini.experiments.nearness results/nearness.jsonl
 """
 
-import sys
-from pathlib import Path
-
+from fedlora_mini.experiments.lines import records_file
 from fedlora_mini.experiments.nearness import study
 
 if __name__ == "__main__":
-    study(Path(sys.argv[1]), progress=lambda record: print(record["case"], record["config"]["model"], flush=True))
+    study(records_file(), progress=lambda record: print(record["case"], record["config"]["model"], flush=True))
