@@ -237,3 +237,14 @@ def test_a_rule_that_answers_nonsense_is_named_with_what_it_returned(setting, re
     row = replace(METHODS["fedit"], rule=my_rule)
     with pytest.raises(FedloraError, match=words):
         next(federate(row, engine, Server(S.clone(start)), table, 1, STEPS, lambda round: engine.clients))
+
+
+@pytest.mark.parametrize("name", ["flexlora", "flora", "hetlora"])
+def test_a_rule_on_pairs_without_pairs_says_what_it_needs(setting, name):
+    start, table = setting
+    whole = {n: key for n, key in table.items() if key.region == "head"}
+    engine = Script([0, 1], lambda client, request: Update(client, {n: start[n] + client for n in whole}, 1.0))
+    server = Server({n: start[n].clone() for n in whole})
+    rounds = federate(METHODS[name], engine, server, whole, 1, STEPS, lambda round: [0, 1])
+    with pytest.raises(FedloraError, match="needs layers that send A and B"):
+        next(rounds)

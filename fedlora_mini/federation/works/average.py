@@ -47,10 +47,10 @@ def spread(p: Tensor, window: int = WINDOW) -> Tensor:
 
 def unlabelled(model: nn.Module, state: State, x: Tensor) -> Tensor:
     """10 x entropy / log C + 0.1 x ||p(x) - p(mirrored x), mirrored back||² + 1e-6 x ||spread of the foreground||."""
-    here, mirrored = call(model, state, x), call(model, state, x.flip(-1)).flip(-1)
-    p, q = here.softmax(1), mirrored.softmax(1)
+    here, mirrored = call(model, state, x), call(model, state, x.flip(-1))
+    p, q = here.softmax(1), (mirrored.flip(-1) if here.dim() > 2 else mirrored).softmax(1)
     value = 10 * entropy(here) / math.log(here.shape[1]) + 0.1 * (p - q).square().sum(1).mean()
-    return value + 1e-6 * spread(p[:, 1:]).norm() if p.dim() > 2 else value  # one label an image has no boundary
+    return value + 1e-6 * spread(p[:, 1:]).norm() if here.dim() > 2 else value  # a label has no place and no boundary
 
 
 @dataclass(frozen=True)
