@@ -128,17 +128,18 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 	for cell in none appearance supervision both; do cat runs/factorial_$$cell/results.jsonl \
 	  runs/pooled_$$cell/results.jsonl > results/factorial_$$cell.jsonl; done
 	$(BIN)/fedlora compare fedit dual $(subst --rounds 8,--rounds 5,$(BOTH)) --out runs/bytes_5
-	$(BIN)/fedlora compare iat iat_own_head $(BOTH) --out runs/bytes_8
+	$(BIN)/fedlora compare iat iat_own_head decoder_local $(BOTH) --out runs/bytes_8
 	$(BIN)/fedlora compare fedsa $(subst --rounds 8,--rounds 9,$(BOTH)) --out runs/bytes_9
 	$(BIN)/fedlora compare inverse_fedsa $(subst --rounds 8,--rounds 13,$(BOTH)) --out runs/bytes_13
 	$(BIN)/fedlora compare anti_own_head $(subst --rounds 8,--rounds 16,$(BOTH)) --out runs/bytes_16
+	$(BIN)/fedlora compare encoder_local $(subst --rounds 8,--rounds 18,$(BOTH)) --out runs/bytes_18
 	cd runs && cat bytes_5/results.jsonl bytes_8/results.jsonl bytes_9/results.jsonl bytes_13/results.jsonl \
-	  bytes_16/results.jsonl > ../results/factorial_bytes.jsonl
+	  bytes_16/results.jsonl bytes_18/results.jsonl > ../results/factorial_bytes.jsonl
 	$(BIN)/fedlora compare local fedit $(BOTH) --rank 8 --out runs/rank8 && cp runs/rank8/results.jsonl results/factorial_rank8.jsonl
 	$(BIN)/fedlora compare local $(BOTH) --rank 8 --search-lr 1e-2 --out runs/rank8_rate
 	cp runs/rank8_rate/results.jsonl results/factorial_rank8_rate.jsonl
 	for seed in 1 2; do $(BIN)/fedlora pretrain --seed $$seed --out runs/base$$seed.safetensors; \
-	  $(BIN)/fedlora compare local fedit fedsa inverse_fedsa iat_own_head anti_own_head $(BOTH) \
+	  $(BIN)/fedlora compare $(BASES) $(BOTH) \
 	    --base runs/base$$seed.safetensors --out runs/base_$$seed; done
 	cat runs/base_1/results.jsonl runs/base_2/results.jsonl > results/factorial_bases.jsonl
 
@@ -165,10 +166,12 @@ evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised me
 	for name in sor_both sor_rest sor_rest_none sor_rest_appearance sor_rest_supervision sor_branches resfim_appearance \
 	  personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
-ALL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head iat_sor:form=exact,lam=0.01 encoder_local decoder_local \
-       dual
-# Each split searches on its own validation images, so that no test image takes part.
 comma := ,
+GENTLE := form=exact$(comma)lam=0.01
+ALL := local fedit fedsa inverse_fedsa iat iat_own_head anti_own_head iat_sor:$(GENTLE) encoder_local decoder_local dual anti_iat
+SOR_SITES := fedsa_sor:$(GENTLE) inverse_fedsa_sor:$(GENTLE) anti_sor:$(GENTLE) dual_sor
+BASES := local fedit fedsa inverse_fedsa iat_own_head anti_own_head
+# Each split searches on its own validation images, so that no test image takes part.
 REAL := --threads 1 --search-lr 3e-3,1e-2 --eval-every 0
 GLIOMAS := --data lgg --size 64 --steps 8 --batch 4 --seeds 0-5 $(REAL)
 POLYPS := --data polypgen --model efficientnet --base imagenet --size 64 --steps 12 --batch 4 --seeds 0-5 $(REAL)
@@ -186,22 +189,24 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites (about e
 	$(BIN)/fedlora compare pooled $(GLIOMAS) --rounds 8 --batch 16 --out runs/pooled_lgg
 	$(BIN)/fedlora compare local fedit $(GLIOMAS) --rounds 8 --rank 8 --out runs/hospitals_lgg_rank8
 	$(call EQUAL_BYTES,lgg,$(GLIOMAS),fedit:5 dual:5 fedsa:9 inverse_fedsa:13 anti_own_head:16)
+	$(BIN)/fedlora compare $(SOR_SITES) $(GLIOMAS) --rounds 8 --out runs/sor_rest_lgg
 	$(BIN)/fedlora data fetch polypgen
 	$(BIN)/fedlora compare $(ALL) $(POLYPS) --rounds 8 --out runs/hospitals_polypgen
 	$(BIN)/fedlora compare pooled $(POLYPS) --rounds 8 --batch 20 --out runs/pooled_polypgen
 	$(BIN)/fedlora compare local fedit $(POLYPS) --rounds 8 --rank 8 --out runs/hospitals_polypgen_rank8
 	$(call EQUAL_BYTES,polypgen,$(POLYPS),fedit:5 dual:5 inverse_fedsa:10 fedsa:13 anti_own_head:17)
-	$(BIN)/fedlora compare local fedit fedsa inverse_fedsa iat_own_head anti_own_head --rounds 8 --model minisam --base auto \
+	$(BIN)/fedlora compare $(SOR_SITES) $(POLYPS) --rounds 8 --out runs/sor_rest_polypgen
+	$(BIN)/fedlora compare $(BASES) --rounds 8 --model minisam --base auto \
 	  $(subst --model efficientnet --base imagenet,,$(POLYPS)) --out runs/hospitals_polypgen_minisam
 	$(BIN)/fedlora data fetch nuclei
-	$(BIN)/fedlora compare $(ALL) anti_iat $(NUCLEI) --out runs/hospitals_nuclei
+	$(BIN)/fedlora compare $(ALL) $(NUCLEI) --out runs/hospitals_nuclei
 	$(BIN)/fedlora compare pooled $(NUCLEI) --batch 32 --out runs/pooled_nuclei
 	$(BIN)/fedlora compare local fedit $(NUCLEI) --rank 8 --out runs/hospitals_nuclei_rank8
 	for pair in $(TEN); do $(BIN)/fedlora compare $$(echo $$pair | cut -d: -f1) --rounds $$(echo $$pair | cut -d: -f2) \
 	  $(subst --search-lr 3e-3$(comma)1e-2,--lr 5e-3,$(NUCLEI)) --out runs/nuclei_$$pair || exit 1; done
 	for pair in $(TEN); do cat runs/nuclei_$$pair/results.jsonl; done > results/hospitals_nuclei_bytes.jsonl
-	for name in lgg_rank8 polypgen_rank8 polypgen_minisam nuclei_rank8; do \
-	  cp runs/hospitals_$$name/results.jsonl results/hospitals_$$name.jsonl; done
+	for name in hospitals_lgg_rank8 hospitals_polypgen_rank8 hospitals_polypgen_minisam hospitals_nuclei_rank8 \
+	  sor_rest_lgg sor_rest_polypgen; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 	for name in lgg polypgen nuclei; do cat runs/hospitals_$$name/results.jsonl runs/pooled_$$name/results.jsonl \
 	  > results/hospitals_$$name.jsonl; done
 	$(BIN)/python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl

@@ -106,6 +106,17 @@ def _in_cells(prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
     return parts
 
 
+def _schedules_in(cells: Sequence[str], prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
+    """The schedules, two of them also with the low-pass filter, and K/2 steps, in some of those cells."""
+    parts: dict[str, Part] = {}
+    for cell in cells:
+        own = told | CELLS[cell]
+        here = f"{where}Dirichlet {own['dirichlet']:g}, epsilon {own['epsilon']:g}"
+        parts[prefix + cell] = Part(here, SCHEDULES, own)
+        parts[f"{prefix}{cell}_half"] = Part(f"{here}: K/2 steps", ("fedit",), own | {"steps": STEPS // 2})
+    return parts
+
+
 def _references_at(prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
     """What `open` and `untrained` are at the other mixtures of labels; a reference has no epsilon."""
     parts: dict[str, Part] = {}
@@ -135,7 +146,7 @@ def _with_references(name: str, where: str, told: dict[str, Any]) -> dict[str, P
     }
 
 
-NOISY = (*PLAIN, "la_lora:first=A", *filtered("fedit", FILTERED[1:2]), *filtered("la_lora", FILTERED[1:2]))
+SCHEDULES = (*PLAIN, "la_lora:first=A", *filtered("fedit", FILTERED[1:2]), *filtered("la_lora", FILTERED[1:2]))
 NO_BUDGET = {"epsilon": None, "sigma": 200.0}
 OPEN = {"epsilon": None, "execution": "grouped"}
 CLIPPED = {"epsilon": None, "sigma": 0.0}  # all of the mechanism but its noise
@@ -161,7 +172,7 @@ PARTS: dict[str, Part] = {
     "curvature": Part("the same, AS-LoRA scored without a curvature", ("as_lora:curvature=none,warmup=2",)),
     "not_dp": Part("the same noise, AS-LoRA with the published curvature", ("as_lora:curvature=raw,warmup=2",), RAW),
     **_at_equal_bytes("", "", {}, {15: ("ffa", AS), 16: ("rolora",)}),
-    "noise": Part("noise alone: its energy in BA", NOISY, {**NO_BUDGET, "lr": 0.01}, (), 4),
+    "noise": Part("noise alone: its energy in BA", SCHEDULES, {**NO_BUDGET, "lr": 0.01}, (), 4),
     "noise_half": Part("the same with K/2 steps", ("fedit",), {**NO_BUDGET, "lr": 0.01, "steps": STEPS // 2}, (), 4),
     **_in_cells("", "", {}),
     **_references_at("", "", {}),
@@ -176,6 +187,7 @@ PARTS: dict[str, Part] = {
     **_by_arm("phantom_e1", "masks, the phantom, epsilon 1", PHANTOM | {"epsilon": 1.0}),
     **_by_arm("phantom_e8", "masks, the phantom, epsilon 8", PHANTOM | {"epsilon": 8.0}),
     **_with_references("nuclei", "masks, nuclei of four domains dealt to eight clients", NUCLEI),
+    **_schedules_in(("e1", "e8", "d03"), "nuclei_", "masks, nuclei, ", NUCLEI),
 }
 
 
@@ -199,23 +211,29 @@ class PrivateStudy:
     def run(self) -> dict[str, list[Result]]:
         """Part -> its results, also in `private_<part>.jsonl`; the searches of all parts in `private_rates.jsonl`.
 
-        What these files hold of other runs stays in them.
+        What these files hold of other runs stays in them. Raises before anything trains for an arm that cannot run.
         """
         out: dict[str, list[Result]] = {}
         self.searched.clear()
-        for name in self.parts:
-            part = PARTS[name]
-            rates = part.rates if self.rates is None or not part.rates else self.rates
-            settings = COMMON | part.settings | self.changes
-            seeds = [seed + len(self.seeds) * i for i in range(part.times) for seed in self.seeds]
-            # other seeds' validation images, where none is a test image of a reported seed; else each seed's own
-            others = SEARCH_SEEDS if search_seeds(RunConfig(**settings)) else ()
-            study = Comparison(part.arms, seeds, settings, self.folder / name, rates, self.on_run, others, WIDEN)
+        studies = {name: self._study(name) for name in self.parts}
+        for study in studies.values():
+            study.check()
+        for name, study in studies.items():
             out[name] = study.run()
             self.searched += study.searched
             add_lines(self.folder / f"private_{name}.jsonl", out[name])
             add_lines(self.folder / "private_rates.jsonl", [search_record(r) for r in study.searched])
         return out
+
+    def _study(self, name: str) -> Comparison:
+        part = PARTS[name]
+        rates = part.rates if self.rates is None or not part.rates else self.rates
+        settings = COMMON | part.settings | self.changes
+        apart = max(self.seeds) - min(self.seeds) + 1
+        seeds = [seed + apart * i for i in range(part.times) for seed in self.seeds]
+        # other seeds' validation images, where none is a test image of a reported seed; else each seed's own
+        others = SEARCH_SEEDS if search_seeds(RunConfig(**settings)) else ()
+        return Comparison(part.arms, seeds, settings, self.folder / name, rates, self.on_run, others, WIDEN)
 
 
 def search_record(result: Result) -> Result:

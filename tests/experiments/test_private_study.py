@@ -51,6 +51,10 @@ def test_every_comparison_of_the_specification_is_there():
     for cell in ("e1", "e8"):
         parts = [PARTS[f"phantom{kind}"].arms for kind in (f"_{cell}", f"_{cell}_half", f"_{cell}_rest")]
         assert parts == [PARTS[f"phantom{kind}"].arms for kind in ("", "_half", "_rest")]
+    for cell in ("e1", "e8", "d03"):
+        own, half = PARTS[f"nuclei_{cell}"], PARTS[f"nuclei_{cell}_half"]
+        assert set(schedules) < set(own.arms) and own.settings.items() >= private.CELLS[cell].items()
+        assert half.arms == ("fedit",) and half.settings == own.settings | {"steps": private.STEPS // 2}
 
 
 def test_claims_on_private_runs_name_arms_of_the_study():
@@ -220,6 +224,9 @@ def test_where_test_images_move_with_the_seed_every_split_searches_on_its_own(mo
 class FakeComparison:
     searched = ()
 
+    def check(self):
+        pass
+
     def run(self):
         return []
 
@@ -265,3 +272,16 @@ def test_where_a_run_starts_it_can_be_looked_at_too():
     start = traced.looked_at(traced.losses[0])
     assert len(traced.losses) == 2 and start["round"] == 0 and start["loss"] == traced.losses[0]
     assert all(math.isfinite(value) for value in start.values())
+
+
+def test_a_part_that_cannot_run_is_found_before_any_other_trains(tmp_path):
+    with pytest.raises(FedloraError, match="leave out 'passes'"):
+        study(tmp_path, ["untrained", "main"], changes={"passes": 1.0}).run()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_with_more_seeds_has_none_twice(tmp_path):
+    for seeds in ((0, 2), (0, 1, 2), (3, 7, 4)):
+        own = study(tmp_path, ["noise_half"], seeds)._study("noise_half").seeds
+        assert len(set(own)) == len(own) == 4 * len(seeds) and own[: len(seeds)] == list(seeds)
+    assert study(tmp_path, ["noise"], tuple(range(8)))._study("noise").seeds == list(range(32)), "the stored runs"
