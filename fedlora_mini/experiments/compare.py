@@ -107,9 +107,11 @@ class Comparison:
         if len({config.key() for config in arms}) != len(arms):
             raise FedloraError(f"a method is named twice: {', '.join(self.methods)}")
         on = search_seeds(arms[0]) if self.search_seeds is None else self.search_seeds
+        start = {"lr": min(self.rates), "leakage": False} if self.rates else {}
         for config in arms:
-            first = config.but(seed=(*on, *self.seeds)[0] if self.rates else self.seeds[0])
-            Federation.build(first, self._dataset(first))
+            first = config.but(seed=(*on, *self.seeds)[0] if self.rates else self.seeds[0], **start)
+            if not (self._folder(first) / "result.json").exists():  # else it could
+                Federation.build(first, self._dataset(first))
         return arms, on
 
     def _search(self, config: RunConfig, seeds: Sequence[int]) -> Found:
@@ -142,8 +144,10 @@ class Comparison:
         return sum(map(validation, records)) / len(records)
 
     def _one(self, config: RunConfig, test: bool = True) -> dict[str, Any]:
-        folder = self.folder / f"{config.method}-seed{config.seed}-{config.key()}"
-        return run(config, folder, self.on_run(config), lambda: self._dataset(config), test)
+        return run(config, self._folder(config), self.on_run(config), lambda: self._dataset(config), test)
+
+    def _folder(self, config: RunConfig) -> Path:
+        return self.folder / f"{config.method}-seed{config.seed}-{config.key()}"
 
     def _dataset(self, config: RunConfig) -> Dataset:
         """The arms of one seed share their data."""

@@ -35,7 +35,7 @@ class Group:
 
     model: nn.Module
     terms: Sequence[Regularizer]
-    params: State  # what the optimiser moves; with K > 1 stacked along the group axis
+    params: State  # what a step moves, and statistics that stay; with K > 1 stacked along the group axis
     contexts: list[Context]  # client by client, as they are at this step
     precision: str
     guard: Guarded | GuardedGroup | None
