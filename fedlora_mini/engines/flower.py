@@ -158,7 +158,8 @@ def client_app(site: Callable[[str, int], Site], code: str) -> "ClientApp":
 
         An answer that the server has not heard may be forgotten with the memory, and what it released with the ledger:
         this ledger alone keeps no budget. The server's does, which counts what it asked for, answered or not, before it
-        asks again (`experiments.network.rounds`).
+        asks again (`experiments.network.rounds`); a server that breaks off in a round begins no second time in its
+        folder (`experiments.network.serve`).
         """
         own = site(context.run_config["config"], context.node_config[CLIENT])
         notes = context.state.get(NOTES, {})

@@ -23,11 +23,14 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def check_nothing_released(log: Path) -> None:
-    """Raise if a private run's log tells of rounds: without a checkpoint nobody knows what they have spent."""
-    if log.exists() and '"event": "round"' in log.read_text(encoding="utf-8"):
+def check_nothing_released(log: Path, sign: str = "round") -> None:
+    """Raise if a private run's log has an event: without a checkpoint nobody knows what was spent after it.
+
+    sign: "round" in one process, where a round that did not end told nobody; "start" where clients are elsewhere.
+    """
+    if log.exists() and f'"event": "{sign}"' in log.read_text(encoding="utf-8"):
         raise FedloraError(
-            f"'{log.parent}' holds rounds of a private run and no checkpoint with its ledgers: what they released "
+            f"'{log.parent}' holds a private run that began, and no checkpoint with its ledgers: what it released "
             "stays released. Choose another folder, and add up what both runs spend"
         )
 
@@ -51,6 +54,7 @@ def save_checkpoint(
         "records": records,
         "names": list(tensors),  # in their order, which the file does not keep: sums over tensors follow it
         "ledgers": {str(m.number): m.ledger.asdict() for m in engine.members if m.ledger is not None},
+        "noised": {str(m.number): sorted(m.noised) for m in engine.members},
     }
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata={"notes": json.dumps(notes)})
@@ -76,4 +80,5 @@ def load_checkpoint(
         member.memory = parts[f"client {member.number}"]
         if member.ledger is not None:
             member.ledger = Ledger.fromdict(notes["ledgers"][str(member.number)])
+        member.noised = {(round, purpose) for round, purpose in notes.get("noised", {}).get(str(member.number), ())}
     return notes["records"]

@@ -143,6 +143,7 @@ class Federation:
         for member in federation.engine.members:
             heard = S.pick(server.state, lambda name: not name.startswith(OWN))
             member.memory = heard | parts.get(f"client {member.number}", {})
+            member.noised = {(round, "batches") for round in range(1, server.round + 1)}
         told = result.get("privacy", {})
         for member, times in zip(federation.engine.members, told.get("releases", ()), strict=False):
             if member.ledger is not None and times:
@@ -201,7 +202,7 @@ class Federation:
         return 0 if self.engine.method.pooled else site
 
     def evaluate(self, part: str = "test", hd95: bool = True, protocols: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Protocol -> site -> scores. Private tensors stand at their weighted mean under `global` and `new site`."""
+        """Protocol -> site -> scores. Private tensors under `global` and `new site`: see `LocalEngine.common`."""
         names, engine = self.data.classes, self.engine
         out: dict[str, Any] = {}
         wanted = protocols or ("personal", "global", "new site")

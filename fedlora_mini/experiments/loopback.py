@@ -20,6 +20,7 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.checkpoint import check_nothing_released
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import dataset_of
+from fedlora_mini.experiments.network import check_noise
 from fedlora_mini.experiments.run import Progress
 
 HOST = "127.0.0.1"
@@ -79,16 +80,12 @@ class Loopback:
             raise FedloraError("Flower is not installed here: pip install 'fedlora_mini[flower]'")
         if config.leakage:
             raise FedloraError("leakage is measured where all clients' memories are: use `fedlora run`")
-        if config.private and config.unit == "image" and not config.secure:
-            raise FedloraError(
-                "the server of a network knows the run's seed, and with it the noise of every client, which it could "
-                "take off again: add --secure, or simulate with `fedlora run`"
-            )
+        check_noise(config)
         self.config, self.folder, self.timeout = config, folder.absolute(), timeout
         if self.records_file.exists() and '"event": "result"' in self.records_file.read_text(encoding="utf-8"):
             raise FedloraError(f"'{folder}' holds a finished run; choose another folder")
         if config.private:
-            check_nothing_released(self.records_file)
+            check_nothing_released(self.records_file, "start")
         self.clients = 1 if config.row.pooled else len(dataset_of(config).sites)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 

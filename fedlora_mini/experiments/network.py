@@ -17,7 +17,7 @@ from safetensors.torch import save
 from fedlora_mini import state as S
 from fedlora_mini.engines.flower import FlowerEngine, client_app, find, server_app
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.experiments.checkpoint import write_atomically
+from fedlora_mini.experiments.checkpoint import check_nothing_released, write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.provenance import machine, source_digest, versions
@@ -33,9 +33,22 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid, ServerApp
 
 
+def check_noise(config: RunConfig) -> None:
+    """Raise for private noise from the run's seed: all machines of a network are told it, and could take it off."""
+    if config.private and config.sigma != 0 and not config.secure:
+        raise FedloraError(
+            "every machine of a network knows the run's seed, and with it the noise that clients or the server add, "
+            "which it could take off again: add --secure, or simulate with `fedlora run`"
+        )
+
+
 def build(text: str) -> Federation:
-    """The federation of a config in JSON. Its in-process clients stand at their start."""
+    """The federation of a config in JSON. Its in-process clients stand at their start. Raises what `check_noise` does.
+
+    So a node refuses, too, whoever wrote the config.
+    """
     config = RunConfig(**json.loads(text))
+    check_noise(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     return Federation.build(config)
@@ -75,8 +88,13 @@ def server_program() -> "ServerApp":
 
 
 def serve(grid: "Grid", settings: Mapping[str, Any]) -> None:
-    """Lead a run; `log.jsonl` grows by one line a round, the last one is the result or the error."""
+    """Lead a run; `log.jsonl` grows by one line a round, the last one is the result or the error.
+
+    A private run begins once in a folder: the log of one that broke off stays, and with it what was released.
+    """
     folder, lines = Path(settings["folder"]), []
+    if RunConfig(**json.loads(settings["config"])).private:
+        check_nothing_released(folder / "log.jsonl", "start")
 
     def note(record: dict[str, Any]) -> None:
         lines.append(json.dumps(record) + "\n")

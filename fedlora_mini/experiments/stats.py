@@ -52,7 +52,7 @@ def paired_difference(
 ) -> Difference:
     """a, b: (seeds, sites), paired. Cluster bootstrap: seeds are drawn, then sites within each drawn seed.
 
-    The p-value is the exact Wilcoxon signed-rank test on the seeds' means.
+    `p` is the exact Wilcoxon signed-rank test's on the seeds' means; verdicts take `p_bootstrap`.
     """
     if a.shape != b.shape or a.ndim != 2 or a.size == 0:
         raise FedloraError(f"paired arms need equal (seeds, sites) tables, got {a.shape} and {b.shape}")

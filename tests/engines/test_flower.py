@@ -77,15 +77,22 @@ def test_over_a_network_noise_that_the_server_can_make_again_is_refused_and_so_i
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(loopback, "find_spec", lambda name: name)
-    with pytest.raises(FedloraError, match="add --secure"):
-        loopback.Loopback(RunConfig(sigma=1.0), tmp_path)
-    loopback.Loopback(RunConfig(sigma=1.0, unit="client"), tmp_path)  # there the server itself adds the noise
     secure = RunConfig(sigma=1.0, secure=True)
-    loopback.Loopback(secure, tmp_path)
-    (tmp_path / "log.jsonl").write_text(json.dumps({"event": "round", "round": 1}) + "\n")
+    for unit in ("image", "client"):  # a client that knows the server's noise sees the others' mean without it
+        seeded = RunConfig(sigma=1.0, unit=unit)
+        with pytest.raises(FedloraError, match="add --secure"):
+            loopback.Loopback(seeded, tmp_path)
+        with pytest.raises(FedloraError, match="add --secure"):
+            network.site(json.dumps(seeded.asdict()), 0)
+        loopback.Loopback(secure.but(unit=unit), tmp_path)
+    log = json.dumps({"event": "start"}) + "\n"  # before the first round is asked for, so that it may have been
+    (tmp_path / "log.jsonl").write_text(log)
     loopback.Loopback(RunConfig(), tmp_path)
     with pytest.raises(FedloraError, match="no checkpoint"):
         loopback.Loopback(secure, tmp_path)
+    with pytest.raises(FedloraError, match="no checkpoint"):
+        network.serve(None, {"folder": str(tmp_path), "config": json.dumps(secure.asdict())})
+    assert (tmp_path / "log.jsonl").read_text() == log
 
 
 def test_the_servers_ledgers_keep_the_budget_of_a_node_that_forgets_what_it_released():

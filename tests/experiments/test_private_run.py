@@ -5,10 +5,12 @@ import math
 import warnings
 
 import pytest
+import torch
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import federation as federations
 from fedlora_mini.experiments import run as runs
+from fedlora_mini.experiments.checkpoint import load_checkpoint
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.promise import guard_of, with_client_privacy
@@ -56,6 +58,20 @@ def test_a_finished_run_has_its_ledgers(tmp_path):
         federation.engine.members[0].fit(4)
 
 
+def test_noise_that_a_run_has_used_is_used_up_for_whoever_opens_its_folder(tmp_path, monkeypatch):
+    """After the end and after a kill: another start with the same noise would show the difference bare."""
+    own = config(epsilon=None, sigma=1.0)
+    run(own, tmp_path / "whole")
+    kill_after_two_rounds(own, tmp_path / "killed", monkeypatch)
+    resumed = Federation.build(own)
+    load_checkpoint(tmp_path / "killed/checkpoint.safetensors", resumed.server, resumed.engine)
+    for federation, last in ((Federation.finished(tmp_path / "whole"), 3), (resumed, 2)):
+        for member in federation.engine.members:
+            with pytest.raises(FedloraError, match=f"released gradients of round {last} for 'batches' already"):
+                member.fit(last)
+        member.fit(last + 1)
+
+
 def test_a_run_whose_checkpoint_is_gone_does_not_begin_with_empty_ledgers(tmp_path, monkeypatch):
     class Killed(Exception):
         pass
@@ -68,7 +84,7 @@ def test_a_run_whose_checkpoint_is_gone_does_not_begin_with_empty_ledgers(tmp_pa
         with pytest.raises(Killed):
             run(settings, tmp_path / name, killed)
         (tmp_path / name / "checkpoint.safetensors").unlink()
-    with pytest.raises(FedloraError, match="what they released stays released"):
+    with pytest.raises(FedloraError, match="what it released stays released"):
         run(config(), tmp_path / "private")
     assert run(config(epsilon=None), tmp_path / "plain")["event"] == "result", "nothing was promised there"
 
@@ -208,6 +224,18 @@ def test_clients_can_be_what_is_protected(tmp_path):
     sizes = {len(own.chosen([0, 1, 2], t)) for t in range(1, 60)}
     assert sizes == {0, 1, 2, 3}, "a Poisson sample of clients, sometimes nobody"
     assert run(own, tmp_path / "again")["final_sha256"] == whole["final_sha256"]
+
+
+def test_scores_of_one_model_for_all_read_no_change_of_a_protected_client_beside_the_noised_mean():
+    """Private tensors of a row stand at their start there: their mean was neither clipped nor noised."""
+    federation = Federation.build(config(method="fedsa", unit="client", clip=0.1))
+    start = dict(federation.server.state)
+    list(federation.rounds())
+    common = federation.engine.common(federation.server)
+    private = {name for name in common if federation.engine.private(name)}
+    assert common.keys() == start.keys() and private
+    assert {name for name in common if torch.equal(common[name], start[name])} == private
+    assert not torch.equal(federation.engine.members[0].memory[min(private)], start[min(private)])
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])

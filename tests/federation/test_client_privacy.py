@@ -173,10 +173,20 @@ def test_a_client_that_is_not_finite_does_not_stop_a_run():
         rounds(ClientDP(1.0, 1, 0.5), [], lambda t: [0])
 
 
-def test_both_releases_together_cost_what_sigma_costs():
-    rule = ClientDP(0.8, 100, 0.1, quantile=0.5)
-    assert rule.sum_sigma > 0.8
-    assert rule.sum_sigma**-2 + (2 * rule.count_noise) ** -2 == pytest.approx(0.8**-2)
+@pytest.mark.parametrize("length", [0.02, 0.1, 7.0])
+def test_both_releases_together_cost_what_sigma_costs(length):
+    """One client more moves sum and count, in units of their noises, by 1/sigma at most: at C and beyond."""
+    m, C, sigma = 100, 0.1, 0.8
+    start, rule = server(), ClientDP(sigma, m, C, quantile=0.5)
+    silent = replace(rule, sigma=0.0)
+    told = updates([0.03, 0.2, length], start)
+    some, all_ = silent(start, told[:2]), silent(start, told)
+    in_sum = m * S.norm(S.sub(*({n: out[n] for n in start} for out in (all_, some)))) / C
+    in_count = m * float((all_[NORM] / some[NORM]).double().log()) / rule.eta
+    assert abs(in_count) == pytest.approx(0.5, rel=1e-4) and in_sum == pytest.approx(min(1.0, length / C))
+    apart = math.hypot(in_sum / rule.sum_sigma, in_count / rule.count_noise)
+    assert rule.sum_sigma > sigma
+    assert apart == pytest.approx(1 / sigma, rel=1e-4) if length >= C else apart < 1 / sigma
 
 
 @pytest.mark.parametrize(

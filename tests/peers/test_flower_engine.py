@@ -303,6 +303,13 @@ def test_a_node_that_missed_a_round_hears_of_it_in_the_next(tmp_path, name):
     assert S.digest(final) == S.digest(local.server.state)
 
 
+@pytest.fixture
+def seeded_noise(monkeypatch):
+    """Noise from the seed, which a network refuses, so that two runs can be compared."""
+    monkeypatch.setattr(network, "check_noise", lambda config: None)
+
+
+@pytest.mark.usefixtures("seeded_noise")
 @pytest.mark.parametrize("unit", ["image", "client"])
 def test_the_result_tells_what_privacy_cost_as_the_in_process_run_does(tmp_path, unit):
     """A node that was asked and whose answer was lost has spent as much as the others."""
@@ -319,6 +326,7 @@ def test_the_result_tells_what_privacy_cost_as_the_in_process_run_does(tmp_path,
     assert lossy[-1]["privacy"] == told
 
 
+@pytest.mark.usefixtures("seeded_noise")
 def test_a_run_over_a_network_stops_before_the_round_that_its_budget_does_not_allow(tmp_path):
     config = RunConfig(method="fedit", **TINY, sigma=1.0, accountant="rdp")
     two = in_process(config.but(rounds=2))[1].promise.told(2)["privacy"]["epsilon"]

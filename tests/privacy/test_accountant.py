@@ -33,6 +33,14 @@ def test_renyi_grows_with_the_order_and_the_rate():
     assert (np.diff(values, axis=0) > 0).all() and (np.diff(values, axis=1) > 0).all()
 
 
+@pytest.mark.parametrize("accountant", ACCOUNTANTS)
+def test_epsilon_falls_with_the_noise_and_grows_with_the_number_of_releases(accountant):
+    q = 0.1 if accountant in ("pld", "rdp") else 1.0  # the others know no sampling
+    noises = [epsilon([Release(sigma, q, 20)], 1e-5, accountant) for sigma in (0.6, 0.9, 1.5, 4.0)]
+    times = [epsilon([Release(1.2, q, steps)], 1e-5, accountant) for steps in (1, 5, 20, 100)]
+    assert (np.diff(noises) < 0).all() and (np.diff(times) > 0).all()
+
+
 @pytest.mark.parametrize(("sigma", "q", "steps"), GRID)
 def test_it_agrees_with_dp_accounting(sigma, q, steps):
     """Renyi within 1 % of theirs on the same orders' span; the tight one within 1 % of theirs on a finer grid."""
