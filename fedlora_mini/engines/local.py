@@ -30,6 +30,9 @@ class LocalEngine:
     accelerator, and on a CPU up to batches of SMALL, beyond which the loop is faster (benchmarks/README.md); under
     privacy every image has factors of its own anyway, so that it pays up to SMALL_PRIVATE.
     ranks: of clients that adapt with fewer directions than the model has. guard: makes all gradients private.
+
+    Raises for an unknown execution, "grouped" where the method's work, rule or tensors have no group axis, and under a
+    guard for a method that reads images beside the private gradient and a layer that mixes images.
     """
 
     def __init__(

@@ -71,7 +71,11 @@ class Federation:
 
     @classmethod
     def build(cls, config: RunConfig, data: Dataset | None = None) -> "Federation":
-        """Model, adapters and clients of a config, on its device; nothing is trained yet."""
+        """Model, adapters and clients of a config, on its device; nothing is trained yet.
+
+        data: in the place of the config's. Raises, naming the setting, for whatever does not fit: network and task, row
+        and network, row and privacy, partition, base, device.
+        """
         row = config.row
         data = dataset_of(config) if data is None else data
         row = with_client_privacy(row, config, 1 if row.pooled else len(data.sites))

@@ -20,7 +20,7 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.checkpoint import check_nothing_released, write_atomically
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
-from fedlora_mini.experiments.provenance import machine, source_digest, versions
+from fedlora_mini.experiments.provenance import machine, source_digest, versions, weights
 from fedlora_mini.federation import federate
 from fedlora_mini.federation.aggregation import AggregationError
 from fedlora_mini.federation.exchange import OWN
@@ -137,7 +137,8 @@ def lead(grid: "Grid", text: str, timeout: float, folder: Path) -> Iterator[dict
     server, local = federation.server, federation.engine
     nodes = find(grid, local.clients, source_digest(), timeout)
     engine = FlowerEngine(grid, nodes, timeout, local.device, local.untimed)
-    head = {"config": federation.config.asdict(), "versions": versions(), "machine": machine(local.device)}
+    made = {"versions": versions() | weights(federation.config.base), "machine": machine(local.device)}
+    head = {"config": federation.config.asdict(), **made}
     yield {"event": "start", **head}
     took = []  # None where it would tell who was drawn
     for each in rounds(federation, engine, {}):

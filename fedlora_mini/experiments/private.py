@@ -106,14 +106,13 @@ def _in_cells(prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
     return parts
 
 
-def _schedules_in(cells: Sequence[str], prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
-    """The schedules, two of them also with the low-pass filter, and K/2 steps, in some of those cells."""
+def _schedules_in_cells(prefix: str, where: str, told: dict[str, Any]) -> dict[str, Part]:
+    """The schedules, two of them also with the low-pass filter, and K/2 steps, in those cells."""
     parts: dict[str, Part] = {}
-    for cell in cells:
-        own = told | CELLS[cell]
+    for cell, own in CELLS.items():
         here = f"{where}Dirichlet {own['dirichlet']:g}, epsilon {own['epsilon']:g}"
-        parts[prefix + cell] = Part(here, SCHEDULES, own)
-        parts[f"{prefix}{cell}_half"] = Part(f"{here}: K/2 steps", ("fedit",), own | {"steps": STEPS // 2})
+        parts[prefix + cell] = Part(here, SCHEDULES, told | own)
+        parts[f"{prefix}{cell}_half"] = Part(f"{here}: K/2 steps", ("fedit",), told | own | {"steps": STEPS // 2})
     return parts
 
 
@@ -187,7 +186,7 @@ PARTS: dict[str, Part] = {
     **_by_arm("phantom_e1", "masks, the phantom, epsilon 1", PHANTOM | {"epsilon": 1.0}),
     **_by_arm("phantom_e8", "masks, the phantom, epsilon 8", PHANTOM | {"epsilon": 8.0}),
     **_with_references("nuclei", "masks, nuclei of four domains dealt to eight clients", NUCLEI),
-    **_schedules_in(("e1", "e8", "d03"), "nuclei_", "masks, nuclei, ", NUCLEI),
+    **_schedules_in_cells("nuclei_", "masks, nuclei, ", NUCLEI),
 }
 
 

@@ -44,7 +44,8 @@ def guard_of(config: RunConfig, images: Sequence[int]) -> Guarding | None:
 def with_client_privacy(row: Method, config: RunConfig, clients: int) -> Method:
     """The row with clipped changes and noise in the place of FedAvg's mean, if clients are what is to be protected.
 
-    Warns of a delta that is too large for so few clients.
+    Warns of a delta that is too large for so few clients. Raises for a row with another rule or with messages, and what
+    `ClientDP` and the calibration raise.
     """
     if not config.private or config.unit != "client":
         return row

@@ -35,6 +35,11 @@ def versions() -> dict[str, str]:
     return out
 
 
+def weights(base: str) -> dict[str, str]:
+    """Twelve digits of the sha256 of a base's file, where the base is one: a path alone does not say which weights."""
+    return {"base": hashlib.sha256(Path(base).read_bytes()).hexdigest()[:12]} if Path(base).is_file() else {}
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """The device by name, threads and cores."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

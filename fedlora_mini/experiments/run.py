@@ -25,7 +25,7 @@ from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.leakage import ends
 from fedlora_mini.experiments.lines import read_lines, read_record
-from fedlora_mini.experiments.provenance import machine, versions
+from fedlora_mini.experiments.provenance import machine, versions, weights
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -55,7 +55,8 @@ def run(
     started = perf_counter()
     federation = Federation.build(config, data() if data else None)
     server, engine = federation.server, federation.engine
-    head = {"event": "start", "config": config.asdict(), "versions": versions(), "machine": machine(engine.device)}
+    made = {"versions": versions() | weights(config.base), "machine": machine(engine.device)}
+    head = {"event": "start", "config": config.asdict(), **made}
     head = json.loads(json.dumps(head))  # as a checkpoint has it
     checkpoint = folder / "checkpoint.safetensors"
     if config.private and not checkpoint.exists():
@@ -118,6 +119,8 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
         raise FedloraError(f"'{folder}' holds another run's checkpoint; {_instead(old['config'])}")
     if old["versions"]["source"] != new["versions"]["source"]:
         raise FedloraError(f"'{folder}' was begun by other code; {_instead(old['config'])}")
+    if old["versions"].get("base") != new["versions"].get("base"):
+        raise FedloraError(f"'{folder}' was begun from other weights in that file; {_instead(old['config'])}")
 
 
 def _instead(config: dict[str, Any]) -> str:

@@ -101,6 +101,8 @@ def train(
     mean losses, so that no client's gradient sees another's data. The optimiser starts anew each round. `kept`: every
     client's notes, for the terms that read them. guard: what makes the clients' gradients private; then the loss is
     not told, batches may be empty and of unequal sizes, and terms that call themselves free see no image.
+
+    Raises for K > 1 with a term that takes one client at a time, and under a guard for one that changes images.
     """
     terms = method.objective
     if len(states) > 1 and (alone := [term.label for term in terms if not term.grouped]):

@@ -17,7 +17,7 @@ def dirichlet(labels: Tensor, clients: int, alpha: float, rng: torch.Generator, 
     """Per label value, client shares ~ Dir(alpha, …, alpha): small alpha = each client sees few labels.
 
     labels (N,) of integers -> one index tensor per client, a partition of 0..N-1. Redraws until every client has at
-    least `least` samples. Hsu et al. 2019.
+    least `least` samples. Raises where samples are too few for that, or a thousand draws fail. Hsu et al. 2019.
     """
     return mixtures({"samples": labels}, clients, alpha, rng, {"samples": least})["samples"]
 
@@ -25,7 +25,10 @@ def dirichlet(labels: Tensor, clients: int, alpha: float, rng: torch.Generator, 
 def mixtures(
     labels: Mapping[str, Tensor], clients: int, alpha: float, rng: torch.Generator, least: Mapping[str, int]
 ) -> dict[str, list[Tensor]]:
-    """The same of several parts at once: a client has one share of a label value in all of them, up to rounding."""
+    """The same of several parts at once: a client has one share of a label value in all of them, up to rounding.
+
+    Raises what `dirichlet` does.
+    """
     for part, own in labels.items():
         if clients < 1 or alpha <= 0 or len(own) < clients * least[part]:
             each = f"at least {least[part]} each at alpha {alpha:g}"
@@ -68,7 +71,7 @@ def repartition(dataset: Dataset, clients: int, alpha: float, seed: int = 0, by:
     No image changes its part. `by`: "site" (origin), "foreground" (quartile of the foreground share), or "label" where
     an image has one. A client's validation and test images are the mixture that its training images are; by label they
     are dealt evenly, since all clients have to tell all classes apart. LEAST is what a client has of each part, or half
-    of an even share where that is less.
+    of an even share where that is less. Raises what `dirichlet` does, and for an unknown `by` or one without labels.
     """
     every = {part: Split.concat([getattr(site, part) for site in dataset.sites]) for part in LEAST}
     labels = {part: _labels(dataset, part, by) for part in LEAST}

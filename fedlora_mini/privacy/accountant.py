@@ -47,7 +47,7 @@ def rdp(order: float, sigma: float, q: float) -> float:
 
     Renyi divergence of a Poisson-subsampled Gaussian for any real order > 1; Mironov, Talwar and Zhang 2019, eq. 1. The
     trapezoidal rule is exact here to rounding: the integrand is analytic in a strip of half-width pi sigma^2. Below
-    SMALL the bound without sampling, order / 2 sigma^2.
+    SMALL the bound without sampling, order / 2 sigma^2. Raises for an order of at most 1.
     """
     return float(_rdp(np.array([order], dtype=float), sigma, q)[0])
 

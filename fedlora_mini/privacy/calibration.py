@@ -22,6 +22,9 @@ def calibrate(epsilon: float, delta: float, q: float, steps: int, method: str = 
     Five digits, rounded up; the accountant has been asked about the very number that is returned. "pld" is asked once
     or twice, after a `guess` on a coarse grid has said where to look. Not below 0.1, which is returned where less would
     do: a record that is hardly ever drawn is private by that alone.
+
+    Raises for epsilon <= 0, no step, q outside (0, 1], what `epsilon` raises, and a budget that no sigma up to 10,000
+    keeps.
     """
     if not epsilon > 0:
         raise FedloraError(f"epsilon must be positive, got {epsilon}")

@@ -21,6 +21,8 @@ from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.report import table_of
 from fedlora_mini.experiments.run import run
 from fedlora_mini.federation.member import Member
+from fedlora_mini.models import build
+from fedlora_mini.models.pretrained import save_base
 
 TINY = {"sites": "2", "size": 32, "rounds": 3, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
 TINY |= {"data_options": {"per_site": 6, "val": 2, "test": 3}}
@@ -44,6 +46,25 @@ def test_a_result_says_what_made_it(tmp_path):
     assert len(result["bytes_up"]) == len(result["agg_err"]) == len(result["round_seconds"]) == 3
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["start", "round", "round", "round", "result"]
+
+
+def test_a_record_says_which_weights_a_base_s_file_held(tmp_path):
+    """A path may hold others tomorrow: a run that was begun from these does not go on from those."""
+    base, told = tmp_path / "base.safetensors", []
+    own = RunConfig(method="fedit", **TINY | {"base": str(base), "rounds": 2})
+
+    def killed(record):
+        raise KeyboardInterrupt
+
+    for seed in (0, 1):
+        save_base(build("minisam", 3, seed=seed), base, {"model": "minisam"})
+        told.append(run(own, tmp_path / f"whole{seed}")["versions"]["base"])
+        with pytest.raises(
+            KeyboardInterrupt if seed == 0 else FedloraError, match=None if seed == 0 else "other weights"
+        ):
+            run(own, tmp_path / "killed", killed)
+    assert len(told[0]) == 12 and told[0] != told[1]
+    assert "base" not in run(RunConfig(method="fedit", **TINY | {"rounds": 0}), tmp_path / "shipped")["versions"]
 
 
 def test_the_same_config_twice_gives_the_same_final_bytes(tmp_path):
