@@ -230,9 +230,10 @@ def test_the_lottery_draws_once_and_for_every_client_apart(tiny):
 def test_information_keeps_the_entries_that_the_loss_feels_most(tiny):
     watched, _, _ = run(resfim(score="information"), parts(tiny), 2)
     F = squared(watched.setting.model, watched.ends(2)[1], first(watched.members[1].data))
+    rounding = 1e-9 * max(float(value.max()) for value in F.values())  # a bias before a norm has no gradient but that
     for name, mask in kept(watched.updates[1][1]).items():
         if mask.any() and F[name].any():
-            assert F[name][mask].min() >= F[name][~mask].max() * (1 - 1e-3)
+            assert F[name][mask].min() >= F[name][~mask].max() * (1 - 1e-3) - rounding
 
 
 def test_movement_keeps_what_this_rounds_training_moved_most(tiny):
