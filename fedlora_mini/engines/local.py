@@ -125,13 +125,18 @@ class LocalEngine:
         member = self.members[client]
         return S.pick(self.method.work.personal(server.state | member.own(member.memory), member), is_model)
 
+    @property
+    def private_in_common(self) -> str:
+        """Where private tensors stand in `common`."""
+        return "start" if getattr(self.method.rule, "silent", False) else "weighted mean"
+
     def common(self, server: Server) -> State:
         """The model for a site that never trained: shared tensors, and private ones at their weighted mean.
 
         Where clients are protected, at their common start, which the server has: their mean would be of changes that
         nobody clipped or noised.
         """
-        if getattr(self.method.rule, "silent", False):
+        if self.private_in_common == "start":
             return S.pick(server.state, is_model)
         own = [member.own(member.memory) for member in self.members]
         mean = S.mean(own, [float(len(member.data)) for member in self.members])

@@ -166,7 +166,7 @@ def _result(
         **{key: value for key, value in records[0].items() if key != "event"},
         "scores": tested | federation.look() | _model(federation, rounds),
         **federation.validate(),
-        "private_in_common_model": "weighted mean",
+        "private_in_common_model": federation.engine.private_in_common,
         "trained": federation.trained,
         "sites": {site.name: site.sizes() for site in (*federation.data.sites, *federation.data.unseen)},
         "data_note": federation.data.note,

@@ -255,6 +255,7 @@ def test_the_record_tells_nothing_of_a_protected_clients_part_in_a_round(tmp_pat
     assert result["loss"] == result["agg_err"] == [None] * 3 and result["refused"] == []
     assert (result["seconds"] is None) == (fraction < 1)
     assert result["scores"]["server"]["model"].keys() == {"energy"}, "of the noised model"
+    assert result["private_in_common_model"] == "start"
     row = summary([result]).loc["FedIT"]
     assert row["agg. error"] == "–" and (row["KB up / client / round"] == "–") == (fraction < 1)
     assert (row["s / run"] == "–") == (fraction < 1)

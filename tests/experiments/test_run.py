@@ -37,6 +37,7 @@ def test_a_result_says_what_made_it(tmp_path):
     result = run(RunConfig(method="iat", **TINY), tmp_path)
     assert result["config"]["method"] == "iat" and result["config"]["lr"] == 5e-3
     assert {"torch", "monai", "numpy", "python", "source"} <= result["versions"].keys()
+    assert result["private_in_common_model"] == "weighted mean"
     assert result["machine"]["device"] == "cpu" and result["machine"]["threads"] == 1
     assert set(result["scores"]) == {"personal", "global", "new site"}
     assert set(result["scores"]["personal"]) == {"site1", "site2"}
@@ -56,12 +57,10 @@ def test_a_record_says_which_weights_a_base_s_file_held(tmp_path):
     def killed(record):
         raise KeyboardInterrupt
 
-    for seed in (0, 1):
+    for seed, error, message in ((0, KeyboardInterrupt, None), (1, FedloraError, "other weights")):
         save_base(build("minisam", 3, seed=seed), base, {"model": "minisam"})
         told.append(run(own, tmp_path / f"whole{seed}")["versions"]["base"])
-        with pytest.raises(
-            KeyboardInterrupt if seed == 0 else FedloraError, match=None if seed == 0 else "other weights"
-        ):
+        with pytest.raises(error, match=message):
             run(own, tmp_path / "killed", killed)
     assert len(told[0]) == 12 and told[0] != told[1]
     assert "base" not in run(RunConfig(method="fedit", **TINY | {"rounds": 0}), tmp_path / "shipped")["versions"]

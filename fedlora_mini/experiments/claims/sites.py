@@ -41,6 +41,6 @@ SITES: dict[str, Claim] = {
     **_hospitals("polypgen", "five hospitals' polyps"),
     **_hospitals("lgg", "gliomas of four institutions"),
     **_hospitals(
-        "nuclei", "four domains of nuclei", True, "the side to which the sites' own updates lean, untold from 0"
+        "nuclei", "four domains of nuclei", True, "the side to which the sites' own updates lean, within the noise"
     ),
 }
