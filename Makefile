@@ -139,20 +139,27 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 	$(BIN)/fedlora compare local $(BOTH) --rank 8 --search-lr 1e-2 --out runs/rank8_rate
 	cp runs/rank8_rate/results.jsonl results/factorial_rank8_rate.jsonl
 	for seed in 1 2; do $(BIN)/fedlora pretrain --seed $$seed --out runs/base$$seed.safetensors; \
-	  $(BIN)/fedlora compare $(BASES) $(BOTH) \
+	  $(BIN)/fedlora compare $(BASES) iat iat_sor:$(GENTLE) $(BOTH) \
 	    --base runs/base$$seed.safetensors --out runs/base_$$seed; done
 	cat runs/base_1/results.jsonl runs/base_2/results.jsonl > results/factorial_bases.jsonl
+	for shift in "appearance 1 0" "supervision 0 1"; do set -- $$shift; \
+	  $(BIN)/fedlora compare fedsa inverse_fedsa iat iat_sor:$(GENTLE) $(call CELL,$$2,$$3) \
+	    --base runs/base1.safetensors --out runs/base_1_$$1 || exit 1; \
+	  cp runs/base_1_$$1/results.jsonl results/factorial_bases_$$1.jsonl; done
 
 SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=exact,lam=$(lam))
 SOR_REST := fedsa_sor inverse_fedsa_sor anti_sor
 SOR_MORE := dual_sor iat_sor:form=exact,lam=0.01
 RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
+RESFIM_MORE := $(foreach tau,0.05 0.1 0.4,resfim:tau=$(tau)) resfim_lora resfim_lora:level=direction
+SOR_STRONG := $(foreach lam,0.01 0.1 1,iat_sor:form=subspace,lam=$(lam)) iat_sor:form=exact,lam=1
 BRANCHES := dual dual_sor dual_alike dual_alike_sor dual_alike_sor:lam=1
 PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop
 MORE := fedbn fedproto fedalt fdlora moon fdlora:momentum=0 fdlora:lr=0.5
 OTHERS := fedprox fedas lcfed client_tailored hydra pfedlora pfedsam fedmsa
 evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised methods on phantoms (about five hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
+	$(BIN)/fedlora compare $(SOR_STRONG) $(BOTH) --leakage --out runs/sor_strong
 	$(BIN)/fedlora compare $(SOR_REST) $(BOTH) --leakage --out runs/sor_rest
 	$(BIN)/fedlora compare $(SOR_REST) $(SOR_MORE) $(call CELL,0,0) --out runs/sor_rest_none
 	$(BIN)/fedlora compare $(SOR_REST) $(SOR_MORE) $(call CELL,1,0) --out runs/sor_rest_appearance
@@ -160,11 +167,12 @@ evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised me
 	$(BIN)/fedlora compare $(BRANCHES) $(BOTH) --leakage --out runs/sor_branches
 	$(BIN)/python -m fedlora_mini.experiments.counterfactual runs/counterfactual.jsonl && cp runs/counterfactual.jsonl results/
 	$(BIN)/fedlora compare fedavg fedbn $(RESFIM) $(call CELL,1,0) --out runs/resfim_appearance
+	$(BIN)/fedlora compare $(RESFIM_MORE) $(call CELL,1,0) --out runs/resfim_more
 	$(BIN)/fedlora compare $(PERSONAL) $(BOTH) --out runs/personal_both
 	$(BIN)/fedlora compare $(MORE) $(BOTH) --out runs/personal_more
 	$(BIN)/fedlora compare $(OTHERS) $(BOTH) --out runs/personal_rest
-	for name in sor_both sor_rest sor_rest_none sor_rest_appearance sor_rest_supervision sor_branches resfim_appearance \
-	  personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
+	for name in sor_both sor_strong sor_rest sor_rest_none sor_rest_appearance sor_rest_supervision sor_branches \
+	  resfim_appearance resfim_more personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 comma := ,
 GENTLE := form=exact$(comma)lam=0.01
@@ -176,9 +184,7 @@ REAL := --threads 1 --search-lr 3e-3,1e-2 --eval-every 0
 GLIOMAS := --data lgg --size 64 --steps 8 --batch 4 --seeds 0-5 $(REAL)
 POLYPS := --data polypgen --model efficientnet --base imagenet --size 64 --steps 12 --batch 4 --seeds 0-5 $(REAL)
 NUCLEI := --data nuclei --seeds 0-5 --option per_site=250 --option val=60 $(REAL)
-# arm:rounds, for which the arm sends what IAT sends in ten
-TEN := iat:10 iat_own_head:10 dual:7 fedit:7 fedsa:11 inverse_fedsa:16 anti_own_head:19
-# $(1) a set, $(2) its settings, $(3) arm:rounds, for which the arm sends what IAT sends in eight
+# $(1) a set, $(2) its settings, $(3) arm:rounds, for which the arm sends what IAT sends in eight, at the nuclei in ten
 EQUAL_BYTES = for pair in $(3); do $(BIN)/fedlora compare $$(echo $$pair | cut -d: -f1) $(2) \
 	  --rounds $$(echo $$pair | cut -d: -f2) --out runs/$(1)_$$pair || exit 1; done; \
 	  (grep -hE '"method": "iat(_own_head)?",' runs/hospitals_$(1)/results.jsonl; \
@@ -188,13 +194,13 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites (about e
 	$(BIN)/fedlora compare $(ALL) $(GLIOMAS) --rounds 8 --out runs/hospitals_lgg
 	$(BIN)/fedlora compare pooled $(GLIOMAS) --rounds 8 --batch 16 --out runs/pooled_lgg
 	$(BIN)/fedlora compare local fedit $(GLIOMAS) --rounds 8 --rank 8 --out runs/hospitals_lgg_rank8
-	$(call EQUAL_BYTES,lgg,$(GLIOMAS),fedit:5 dual:5 fedsa:9 inverse_fedsa:13 anti_own_head:16)
+	$(call EQUAL_BYTES,lgg,$(GLIOMAS),fedit:5 dual:5 decoder_local:7 fedsa:9 inverse_fedsa:13 anti_own_head:16 encoder_local:18)
 	$(BIN)/fedlora compare $(SOR_SITES) $(GLIOMAS) --rounds 8 --out runs/sor_rest_lgg
 	$(BIN)/fedlora data fetch polypgen
 	$(BIN)/fedlora compare $(ALL) $(POLYPS) --rounds 8 --out runs/hospitals_polypgen
 	$(BIN)/fedlora compare pooled $(POLYPS) --rounds 8 --batch 20 --out runs/pooled_polypgen
 	$(BIN)/fedlora compare local fedit $(POLYPS) --rounds 8 --rank 8 --out runs/hospitals_polypgen_rank8
-	$(call EQUAL_BYTES,polypgen,$(POLYPS),fedit:5 dual:5 inverse_fedsa:10 fedsa:13 anti_own_head:17)
+	$(call EQUAL_BYTES,polypgen,$(POLYPS),fedit:5 dual:5 decoder_local:6 inverse_fedsa:10 fedsa:13 anti_own_head:17 encoder_local:44)
 	$(BIN)/fedlora compare $(SOR_SITES) $(POLYPS) --rounds 8 --out runs/sor_rest_polypgen
 	$(BIN)/fedlora compare $(BASES) --rounds 8 --model minisam --base auto \
 	  $(subst --model efficientnet --base imagenet,,$(POLYPS)) --out runs/hospitals_polypgen_minisam
@@ -203,9 +209,7 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites (about e
 	$(BIN)/fedlora compare pooled $(NUCLEI) --batch 32 --out runs/pooled_nuclei
 	$(BIN)/fedlora compare local fedit $(NUCLEI) --rank 8 --out runs/hospitals_nuclei_rank8
 	$(BIN)/fedlora compare $(SOR_SITES) $(NUCLEI) --out runs/sor_rest_nuclei
-	for pair in $(TEN); do $(BIN)/fedlora compare $$(echo $$pair | cut -d: -f1) --rounds $$(echo $$pair | cut -d: -f2) \
-	  $(subst --search-lr 3e-3$(comma)1e-2,--lr 5e-3,$(NUCLEI)) --out runs/nuclei_$$pair || exit 1; done
-	for pair in $(TEN); do cat runs/nuclei_$$pair/results.jsonl; done > results/hospitals_nuclei_bytes.jsonl
+	$(call EQUAL_BYTES,nuclei,$(NUCLEI),fedit:7 dual:7 decoder_local:9 fedsa:11 inverse_fedsa:16 anti_own_head:19 encoder_local:22)
 	for name in hospitals_lgg_rank8 hospitals_polypgen_rank8 hospitals_polypgen_minisam hospitals_nuclei_rank8 \
 	  sor_rest_lgg sor_rest_polypgen sor_rest_nuclei; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 	for name in lgg polypgen nuclei; do cat runs/hospitals_$$name/results.jsonl runs/pooled_$$name/results.jsonl \

@@ -13,7 +13,8 @@ from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.federation import federate, member
 
-METHODS = ("fedit", "fedsa", "iat", "flora", "flexlora")
+METHODS = ("fedit", "fedsa", "iat", "flora", "flexlora", "hetlora", "fedex", "lora_fair")
+COMPUTING = ("lora_fair_cosine", "fdlora", "fedas", "resfim")  # optimise, search or take Fisher scores in their rounds
 ROUNDS = 3  # after the first, which warms up
 OPTIONS = {"per_site": 24, "val": 2, "test": 2, "n_unseen": 0}
 
@@ -62,14 +63,15 @@ def row(setting: str, arm: str, times: list[tuple[float, float]]) -> Row:
 def measure() -> list[Row]:
     """What does a round cost beside the clients' training?"""
     rows = []
-    for name in METHODS:
+    for name in (*METHODS, *COMPUTING):
         config = RunConfig(
             name, size=48, rounds=ROUNDS + 1, steps=8, batch=4, data_options=OPTIONS, execution="sequential"
         )
         plain, told = shares(config, with_error=False), shares(config, with_error=True)
         setting = f"{name}, 4 clients, 8 steps of 4 images"
         rows.append(row(setting, "local training", [(training, training) for _, training in plain]))
-        rows += [row(setting, "round", plain), row(setting, "round, with its aggregation error", told)]
+        arm = "round, with what the method computes" if name in COMPUTING else "round"
+        rows += [row(setting, arm, plain), row(setting, "round, with its aggregation error", told)]
     return rows
 
 

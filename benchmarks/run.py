@@ -73,7 +73,9 @@ QUESTIONS = (
         "round",
         1.05,
         "By LoRA of minisam, 48 px, clients one after the other; training and round are taken from the same run. The "
-        "aggregation error is a diagnostic that `fedlora` writes down in every round.",
+        "aggregation error is a diagnostic that `fedlora` writes down in every round. The last four methods compute "
+        "beside their steps, and that is the method: LoRA-FAIR by gradient steps on the server (its closed form stands "
+        "above), FDLoRA a search for its two weights, FedAS and pFL-ResFIM Fisher scores of the clients' images.",
         tolerance=0.0,
     ),
     Question(

@@ -187,6 +187,7 @@ PARTS: dict[str, Part] = {
     **_by_arm("phantom_e8", "masks, the phantom, epsilon 8", PHANTOM | {"epsilon": 8.0}),
     **_with_references("nuclei", "masks, nuclei of four domains dealt to eight clients", NUCLEI),
     **_schedules_in_cells("nuclei_", "masks, nuclei, ", NUCLEI),
+    **_references_at("nuclei_", "masks, nuclei, ", NUCLEI),
 }
 
 

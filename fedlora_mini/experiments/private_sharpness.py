@@ -32,7 +32,7 @@ from fedlora_mini.privacy import Seeded
 from fedlora_mini.state import State, clone, pick
 
 SCHEDULES = ("la_lora", "fedit", "fedit@half", "ffa", "rolora", "la_lora:first=A", AS)
-LOOKED = (*SCHEDULES, "la_lora:filter=low-pass", "la_lora:filter=rescaled")
+LOOKED = (*SCHEDULES, *(f"{arm}:filter={name}" for arm in ("la_lora", "fedit") for name in ("low-pass", "rescaled")))
 IMAGES = 256  # of all clients' training images, evenly spaced, for the curvature
 
 

@@ -124,7 +124,7 @@ DIGITS: dict[str, Claim] = {
         "fedit@private_half",
         source="",
         matched=f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
-        not_matched="local steps, bytes per step, numbers noised in a step",
+        not_matched="local steps, updates of the head, bytes per step, numbers noised in a step",
     ),
     "half-over-full": private(
         "DP-LoRA gains from halving its steps and the noise that they need, so that LA-LoRA's margin shrinks.",

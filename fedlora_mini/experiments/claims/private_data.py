@@ -35,7 +35,7 @@ ELSEWHERE: dict[str, Claim] = {
     **{
         f"filter-{name}-interaction": private(
             f"What the features' own order is worth to the filter, {title}: more on the phantom, whose network has "
-            "kernels, than on the digits, whose gradients are white.",
+            "kernels throughout its decoder, than on the digits, which have linear layers and a patch convolution.",
             f"{arm}{LOW}@private_phantom - {arm}{PERMUTED}@private_phantom",
             f"{arm}{LOW}@private_main - {arm}{PERMUTED}@private_main",
             "phantom",
