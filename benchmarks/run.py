@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ HERE = Path(__file__).parent
 
 class Question(NamedTuple):
     script: str
-    arm: str = ""  # the arm that has a target …
+    arm: str = ""  # the arm, or a pattern of arms, that has a target …
     target: float = 0.0  # … the ratio that it should not exceed
     note: str = ""
     column: str = ""  # the heading of the rows' notes: then one line an arm, and a column a setting
@@ -80,10 +81,10 @@ QUESTIONS = (
     ),
     Question(
         "sor",
-        "proxy alone",
+        "* alone",
         0.05,
         "*Alone*: the penalty, its backward pass and the note of the drift, without the step that they belong to. "
-        "`proxy` is what the row `iat_sor` has.",
+        "`proxy` is what the row `iat_sor` has, `dual` what `dual_sor` has.",
         tolerance=0.0,
     ),
     Question(
@@ -145,11 +146,10 @@ def verdict(question: Question, rows: list[dict]) -> str:
     """The target and in how many settings it is met, the medians' own noise allowed for."""
     if not question.target:
         return question.note
-    own = [row for row in rows if row["arm"] == question.arm]
+    own = [row for row in rows if fnmatchcase(row["arm"], question.arm)]
     met, strictly = (sum(row["ratio"] <= question.target + spare for row in own) for spare in (question.tolerance, 0.0))
-    text = (
-        f"Target: *{question.arm}* at most {question.target:.2f} x *{own[0]['reference']}*; met in {met} of {len(own)}"
-    )
+    arm, reference = question.arm.lstrip("* "), own[0]["reference"]
+    text = f"Target: *{arm}* at most {question.target:.2f} x *{reference}*; met in {met} of {len(own)}"
     text += f" with a tolerance of {question.tolerance:.2f}, in {strictly} without" if question.tolerance else ""
     return f"{text}. {question.note}".strip()
 

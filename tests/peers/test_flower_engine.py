@@ -26,7 +26,7 @@ from fedlora_mini.experiments.config import RunConfig  # noqa: E402
 from fedlora_mini.experiments.federation import Federation  # noqa: E402
 from fedlora_mini.experiments.network import lead, node_program, site  # noqa: E402
 from fedlora_mini.experiments.provenance import source_digest  # noqa: E402
-from fedlora_mini.federation import Request, federate  # noqa: E402
+from fedlora_mini.federation import METHODS, Request, federate  # noqa: E402
 from fedlora_mini.federation.member import Member  # noqa: E402
 
 TINY = {"rounds": 3, "steps": 2, "batch": 2, "rank": 4, "threads": 1, "base": "none", "execution": "sequential"}
@@ -125,18 +125,7 @@ def in_process(config, choose=None):
     return list(federate(*args, layers=engine.setting.layers)), federation
 
 
-# Every kind of memory and message: private factors, unequal ranks, folded products, factors that start anew, a second
-# model, boolean masks, messages passed on between clients, the server's momenta.
-ROWS = ["fedit", "iat", "hetlora", "fedex", "flora", "ditto", "resfim", "feddg", "fedadam"]
-ROWS += [
-    "as_lora",
-    "fedalt",
-    "fedproto",
-    "lcfed",
-]  # desks, chosen layers, messages alone, numbered clients
-
-
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_row_ends_with_the_bytes_of_the_in_process_run(tmp_path, name):
     """The server's state and every client's memory; losses, bytes and errors of all rounds; the scores."""
     ranks = {"ranks": [2, 4, 3]} if name in ("hetlora", "flora") else {}
