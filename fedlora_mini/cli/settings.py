@@ -73,7 +73,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
             raise FedloraError(f"--ranks '{args.ranks}' is not understood; accepted: whole numbers such as 2,4,8")
         given["ranks"] = [int(rank) for rank in args.ranks.split(",")]
     given |= {"data_options": options(args.option), "change": options(args.change, "--change")}
-    given["leakage"] = args.leakage
+    given["leakage"], given["whole_unseen"] = args.leakage, args.whole_unseen
     given["secure"] = args.secure
     return given | {"augment": not args.no_augment}
 
@@ -85,6 +85,7 @@ def add_run_settings(parser: argparse.ArgumentParser) -> None:
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the data set; repeatable")
     add("--sites", help="how many sites, or their names, comma-separated")
     add("--unseen", help="sites that never train, comma-separated")
+    add("--whole-unseen", action="store_true", help="score these on all their images [on their test share]")
     add("--size", type=int, help="image side in pixels [64]")
     add("--dirichlet", type=float, metavar="ALPHA", help="deal the images anew, Dirichlet(ALPHA) over their origin")
     add("--clients", type=int, help="with --dirichlet: to so many clients")

@@ -1,7 +1,8 @@
 """Appearance shift: how a site's scanner shows the same anatomy. Images change, masks do not.
 
 Every knob has an identity value at which nothing happens, bit for bit; `scaled(s)` moves all knobs a share s of the way
-from identity to their value. Lengths are pixels of a 64-pixel image and grow with the image.
+from identity to their value. Lengths are pixels of a 64-pixel image and grow with the image. Channels are not mixed:
+the phantom is grey, and mixed copies of one channel are gains; `experiments.tissues` mixes the channels of tissues.
 """
 
 import math

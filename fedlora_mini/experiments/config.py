@@ -40,6 +40,7 @@ class RunConfig:
     data_options: dict[str, Any] = field(default_factory=dict)
     sites: str | None = None  # comma-separated names, or how many of the first
     unseen: str | None = None  # comma-separated names of sites that never train; None = the data set's own
+    whole_unseen: bool = False  # score these on all their images, and not on their test share alone
     size: int = 64
     dirichlet: float | None = None  # None = natural partition
     clients: int | None = None  # with dirichlet: number of clients; None = as many as sites

@@ -206,7 +206,10 @@ class Federation:
         return 0 if self.engine.method.pooled else site
 
     def evaluate(self, part: str = "test", hd95: bool = True, protocols: tuple[str, ...] = ()) -> dict[str, Any]:
-        """Protocol -> site -> scores. Private tensors under `global` and `new site`: see `LocalEngine.common`."""
+        """Protocol -> site -> scores. Private tensors under `global` and `new site`: see `LocalEngine.common`.
+
+        part: a split's name. With `whole_unseen` "test" is, at a site that never trains, all that it has.
+        """
         names, engine = self.data.classes, self.engine
         out: dict[str, Any] = {}
         wanted = protocols or ("personal", "global", "new site")
@@ -236,9 +239,11 @@ class Federation:
         if "new site" in wanted and self.data.unseen:
             notes, new = self.server.state, {}
             for site in self.data.unseen:
-                seen = engine.method.images(getattr(site, part).images, notes)
+                whole = self.config.whole_unseen and part == "test"
+                split = Split.concat([site.train, site.val, site.test]) if whole else getattr(site, part)
+                seen = engine.method.images(split.images, notes)
                 state = engine.method.work.newcomer(common, engine.members, seen)
-                new[site.name] = scores(state, getattr(site, part), notes)
+                new[site.name] = scores(state, split, notes)
             out["new site"] = new
         return out
 

@@ -9,15 +9,17 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedlora_mini import state as S
+from fedlora_mini.data import Split
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.federation import Federation
+from fedlora_mini.experiments.federation import Federation, dataset_of
 from fedlora_mini.experiments.report import table_of
 from fedlora_mini.experiments.run import run
 from fedlora_mini.federation.member import Member
@@ -47,6 +49,23 @@ def test_a_result_says_what_made_it(tmp_path):
     assert len(result["bytes_up"]) == len(result["agg_err"]) == len(result["round_seconds"]) == 3
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["start", "round", "round", "round", "result"]
+
+
+def test_a_site_that_never_trains_may_be_scored_on_all_that_it_has(tmp_path):
+    """Its test share by default; with `whole_unseen` as if all its images were that share. Members' scores stay."""
+    config = RunConfig(method="iat", **TINY | {"data_options": TINY["data_options"] | {"n_unseen": 1}})
+    data = dataset_of(config)
+    (site,) = data.unseen
+    everything = replace(site, test=Split.concat([site.train, site.val, site.test]))
+    assert len(everything.test) == 11 > len(site.test)
+    share, whole = (run(config.but(whole_unseen=told), tmp_path / str(told))["scores"] for told in (False, True))
+    expected = run(config, tmp_path / "expected", lambda record: None, lambda: replace(data, unseen=(everything,)))[
+        "scores"
+    ]
+    assert whole == expected and share["new site"] != whole["new site"]
+    assert {name: share[name] for name in ("personal", "global")} == {
+        name: whole[name] for name in ("personal", "global")
+    }
 
 
 def test_a_record_says_which_weights_a_base_s_file_held(tmp_path):
