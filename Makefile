@@ -139,13 +139,13 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about thr
 	$(BIN)/fedlora compare local $(BOTH) --rank 8 --search-lr 1e-2 --out runs/rank8_rate
 	cp runs/rank8_rate/results.jsonl results/factorial_rank8_rate.jsonl
 	for seed in 1 2; do $(BIN)/fedlora pretrain --seed $$seed --out runs/base$$seed.safetensors; \
-	  $(BIN)/fedlora compare $(BASES) iat iat_sor:$(GENTLE) $(BOTH) \
+	  $(BIN)/fedlora compare $(BASES) $(BOTH) \
 	    --base runs/base$$seed.safetensors --out runs/base_$$seed; done
 	cat runs/base_1/results.jsonl runs/base_2/results.jsonl > results/factorial_bases.jsonl
-	for shift in "appearance 1 0" "supervision 0 1"; do set -- $$shift; \
+	for shift in "appearance 1 0" "supervision 0 1" "both 1 1"; do set -- $$shift; \
 	  $(BIN)/fedlora compare fedsa inverse_fedsa iat iat_sor:$(GENTLE) $(call CELL,$$2,$$3) \
-	    --base runs/base1.safetensors --out runs/base_1_$$1 || exit 1; \
-	  cp runs/base_1_$$1/results.jsonl results/factorial_bases_$$1.jsonl; done
+	    --base runs/base1.safetensors --out runs/second_$$1 || exit 1; \
+	  cp runs/second_$$1/results.jsonl results/factorial_second_$$1.jsonl; done
 
 SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=exact,lam=$(lam))
 SOR_REST := fedsa_sor inverse_fedsa_sor anti_sor
