@@ -116,7 +116,7 @@ evidence: $(READY) ## run again the first comparisons of results/ (half an hour 
 SHARING := local fedit fedsa inverse_fedsa iat_own_head anti_own_head iat iat_sor anti_iat encoder_local decoder_local dual
 CELL = $(LITE) --option n_unseen=3 --option appearance=$(1) --option supervision=$(2)
 BOTH := $(call CELL,1,1)
-evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about three hours on one core)
+evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about four hours on one core)
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,0,0) --out runs/factorial_none
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,1,0) --out runs/factorial_appearance
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,0,1) --out runs/factorial_supervision
@@ -157,7 +157,7 @@ BRANCHES := dual dual_sor dual_alike dual_alike_sor dual_alike_sor:lam=1
 PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop
 MORE := fedbn fedproto fedalt fdlora moon fdlora:momentum=0 fdlora:lr=0.5
 OTHERS := fedprox fedas lcfed client_tailored hydra pfedlora pfedsam fedmsa
-evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised methods on phantoms (about five hours on one core)
+evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised methods on phantoms (about six hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
 	$(BIN)/fedlora compare $(SOR_STRONG) $(BOTH) --leakage --out runs/sor_strong
 	$(BIN)/fedlora compare $(SOR_REST) $(BOTH) --leakage --out runs/sor_rest
@@ -189,7 +189,7 @@ EQUAL_BYTES = for pair in $(3); do $(BIN)/fedlora compare $$(echo $$pair | cut -
 	  --rounds $$(echo $$pair | cut -d: -f2) --out runs/$(1)_$$pair || exit 1; done; \
 	  (grep -hE '"method": "iat(_own_head)?",' runs/hospitals_$(1)/results.jsonl; \
 	  for pair in $(3); do cat runs/$(1)_$$pair/results.jsonl; done) > results/hospitals_$(1)_bytes.jsonl
-evidence-hospitals: $(READY) ## run again the assignments at real sites (about eight hours on one core)
+evidence-hospitals: $(READY) ## run again the assignments at real sites (about eleven hours on one core)
 	$(BIN)/fedlora data prepare lgg --size 64  # Kaggle asks for a login: see data_scripts/lgg.py
 	$(BIN)/fedlora compare $(ALL) $(GLIOMAS) --rounds 8 --out runs/hospitals_lgg
 	$(BIN)/fedlora compare pooled $(GLIOMAS) --rounds 8 --batch 16 --out runs/pooled_lgg
