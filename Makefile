@@ -160,6 +160,8 @@ OTHERS := fedprox fedas lcfed client_tailored hydra pfedlora pfedsam fedmsa
 evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised methods on phantoms (about six hours on one core)
 	$(BIN)/fedlora compare iat $(SOR) dual dual_sor $(BOTH) --leakage --out runs/sor_both
 	$(BIN)/fedlora compare $(SOR_STRONG) $(BOTH) --leakage --out runs/sor_strong
+	for n in 4 8; do $(BIN)/fedlora compare local iat iat_sor:$(GENTLE) iat_sor:form=exact,lam=0.1 \
+	  $(subst per_site=24,per_site=$$n,$(BOTH)) --out runs/sor_few_$$n || exit 1; done
 	$(BIN)/fedlora compare $(SOR_REST) $(BOTH) --leakage --out runs/sor_rest
 	$(BIN)/fedlora compare $(SOR_REST) $(SOR_MORE) $(call CELL,0,0) --out runs/sor_rest_none
 	$(BIN)/fedlora compare $(SOR_REST) $(SOR_MORE) $(call CELL,1,0) --out runs/sor_rest_appearance
@@ -171,7 +173,7 @@ evidence-personal: $(READY) ## run again SOR, M7, ResFIM and the personalised me
 	$(BIN)/fedlora compare $(PERSONAL) $(BOTH) --out runs/personal_both
 	$(BIN)/fedlora compare $(MORE) $(BOTH) --out runs/personal_more
 	$(BIN)/fedlora compare $(OTHERS) $(BOTH) --out runs/personal_rest
-	for name in sor_both sor_strong sor_rest sor_rest_none sor_rest_appearance sor_rest_supervision sor_branches \
+	for name in sor_both sor_strong sor_few_4 sor_few_8 sor_rest sor_rest_none sor_rest_appearance sor_rest_supervision sor_branches \
 	  resfim_appearance resfim_more personal_both personal_more personal_rest; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 
 comma := ,
