@@ -10,7 +10,7 @@ OVER_HALF = "LA-LoRA also beats DP-LoRA with K/2 steps."
 HALF: dict[str, Any] = {
     "source": "",
     "matched": f"epsilon, delta, rounds, noisy steps per factor, {BUDGET}",
-    "not_matched": "local steps, bytes per step, numbers noised in a step",
+    "not_matched": "local steps, updates of the head, bytes per step, numbers noised in a step",
 }
 FILTER: dict[str, Any] = {"not_matched": "nothing but the filter"}
 ELSEWHERE: dict[str, Claim] = {
