@@ -191,6 +191,9 @@ EQUAL_BYTES = for pair in $(3); do $(BIN)/fedlora compare $$(echo $$pair | cut -
 	  --rounds $$(echo $$pair | cut -d: -f2) --out runs/$(1)_$$pair || exit 1; done; \
 	  (grep -hE '"method": "iat(_own_head)?",' runs/hospitals_$(1)/results.jsonl; \
 	  for pair in $(3); do cat runs/$(1)_$$pair/results.jsonl; done) > results/hospitals_$(1)_bytes.jsonl
+# $(1) a set, $(2) its settings, $(3) who is held out:who trains:who never trains anyway
+HELD_OUT = for split in $(3); do set -- $$(echo $$split | tr : ' '); $(BIN)/fedlora compare $(BASES) $(2) --rounds 8 \
+	  --sites $$2 --unseen $$1,$$3 --whole-unseen --out runs/$(1)_without_$$1 || exit 1; done
 evidence-hospitals: $(READY) ## run again the assignments at real sites (about eleven hours on one core)
 	$(BIN)/fedlora data prepare lgg --size 64  # Kaggle asks for a login: see data_scripts/lgg.py
 	$(BIN)/fedlora compare $(ALL) $(GLIOMAS) --rounds 8 --out runs/hospitals_lgg
@@ -206,13 +209,18 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites (about e
 	$(BIN)/fedlora compare $(SOR_SITES) $(POLYPS) --rounds 8 --out runs/sor_rest_polypgen
 	$(BIN)/fedlora compare $(BASES) --rounds 8 --model minisam --base auto \
 	  $(subst --model efficientnet --base imagenet,,$(POLYPS)) --out runs/hospitals_polypgen_minisam
+	$(call HELD_OUT,lgg,$(GLIOMAS),CS:DU$(comma)HT$(comma)FG:EZ DU:HT$(comma)FG$(comma)CS:EZ \
+	  HT:DU$(comma)FG$(comma)CS:EZ FG:DU$(comma)HT$(comma)CS:EZ)
+	$(call HELD_OUT,polypgen,$(POLYPS),C3:C1$(comma)C2$(comma)C4$(comma)C5:C6)
+	cat runs/lgg_without_*/results.jsonl runs/polypgen_without_*/results.jsonl > results/hospitals_unseen.jsonl
+	$(BIN)/fedlora compare $(BASES) $(POLYPS) --rounds 32 --whole-unseen --out runs/hospitals_polypgen_long
 	$(BIN)/fedlora data fetch nuclei
 	$(BIN)/fedlora compare $(ALL) $(NUCLEI) --out runs/hospitals_nuclei
 	$(BIN)/fedlora compare pooled $(NUCLEI) --batch 32 --out runs/pooled_nuclei
 	$(BIN)/fedlora compare local fedit $(NUCLEI) --rank 8 --out runs/hospitals_nuclei_rank8
 	$(BIN)/fedlora compare $(SOR_SITES) $(NUCLEI) --out runs/sor_rest_nuclei
 	$(call EQUAL_BYTES,nuclei,$(NUCLEI),fedit:7 dual:7 decoder_local:9 fedsa:11 inverse_fedsa:16 anti_own_head:19 encoder_local:22)
-	for name in hospitals_lgg_rank8 hospitals_polypgen_rank8 hospitals_polypgen_minisam hospitals_nuclei_rank8 \
+	for name in hospitals_lgg_rank8 hospitals_polypgen_rank8 hospitals_polypgen_minisam hospitals_polypgen_long hospitals_nuclei_rank8 \
 	  sor_rest_lgg sor_rest_polypgen sor_rest_nuclei; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 	for name in lgg polypgen nuclei; do cat runs/hospitals_$$name/results.jsonl runs/pooled_$$name/results.jsonl \
 	  > results/hospitals_$$name.jsonl; done

@@ -61,8 +61,8 @@ class Arriving:
             yield Update(k, {name: value + 1.0 + k / 100 for name, value in self.start.items()}, 1.0 + k)
 
 
-def a_round(measured: bool) -> State:
-    """One round of FedIT through `federate`, with its aggregation error or without."""
+def a_round(name: str, measured: bool = False) -> State:
+    """One round of a method through `federate`, with its aggregation error or without."""
     layers = nn.Sequential(*(LoRA(nn.Linear(SIDE, SIDE), rank=RANK) for _ in range(TENSORS)))
     model = nn.ModuleDict({"encoder": layers})
     start = trainable(model)
@@ -71,7 +71,7 @@ def a_round(measured: bool) -> State:
     def meter(before: State) -> AggregationError:
         return AggregationError(model, before, lambda name: False)
 
-    args = (METHODS["fedit"], engine, server, keys(model, list(start)), 1, 1, lambda t: engine.clients)
+    args = (METHODS[name], engine, server, keys(model, list(start)), 1, 1, lambda t: engine.clients)
     [record] = federate(*args, meter=meter if measured else None)
     assert not record.refused and (record.agg_err is not None) == measured
     return server.state
@@ -80,8 +80,10 @@ def a_round(measured: bool) -> State:
 MEANS: dict[str, Callable[[], State]] = {
     "held and stacked": held_and_stacked,
     "in one pass": in_one_pass,
-    "a round of FedIT": partial(a_round, False),
-    "a round, with its aggregation error": partial(a_round, True),
+    "a round of FedIT": partial(a_round, "fedit"),
+    "a round of FedIT, with its aggregation error": partial(a_round, "fedit", measured=True),
+    "a round of HetLoRA": partial(a_round, "hetlora"),
+    "a round of FedNova": partial(a_round, "fednova"),
 }
 
 

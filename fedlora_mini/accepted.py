@@ -21,7 +21,7 @@ WORDS = {
 def fitting(what: str, value: Any, kind: Any) -> Any:
     """The value, read by an annotation such as `int | None`. Raises with `what` it is for and what is accepted.
 
-    An annotation that is no plain value, such as a function's, accepts everything.
+    Where it is no plain value, such as a function's, the value is of that kind, and never a text or a number.
     """
     kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     for each in kinds:
@@ -39,9 +39,11 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
         return number and -math.inf < value < math.inf
-    if kind is Sequence:
+    if kind in (Sequence, tuple):
         return isinstance(value, Sequence) and not isinstance(value, str)
-    return kind is not str or isinstance(value, str)
+    if kind is str:
+        return isinstance(value, str)
+    return not isinstance(value, str | int | float) and (not isinstance(kind, type) or isinstance(value, kind))
 
 
 def ranges(part: Any, **intervals: str) -> None:

@@ -40,28 +40,44 @@ def scale(a: Mapping[str, Tensor], factor: float) -> State:
     return {name: factor * value for name, value in a.items()}
 
 
-def weighted_mean(weighted: Iterable[tuple[Mapping[str, Tensor], float]]) -> State:
-    """sum_k w_k state_k / sum_k w_k in one pass: holds one state in float64, whatever the number of states.
+class WeightedMean:
+    """sum_k w_k state_k / sum_k w_k of states that pass one by one: `add` each, then ask for the `value`.
 
-    Summed in the order in which they come; floating dtype kept. Raises for unequal names or shapes, for no state, and
-    for weights that are negative or all zero.
+    Holds one state in float64, whatever their number; sums in the order in which they come; keeps their dtype.
+    weight: sum_k w_k so far.
     """
-    total, sums, kept = 0.0, None, {}
-    for state, weight in weighted:
+
+    def __init__(self) -> None:
+        self.weight, self.sums, self.kept = 0.0, State(), dict[str, torch.dtype]()
+        self.empty = True
+
+    def add(self, state: Mapping[str, Tensor], weight: float) -> None:
+        """Take one state in. Raises for a weight that is negative, and for names or shapes that the first had not."""
         if not weight >= 0:
             raise FedloraError(f"weights must be non-negative with a positive sum, got {weight}")
-        if sums is None:
-            sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in state.items()}
-            kept = {name: value.dtype for name, value in state.items()}
-        for name in same_names([sums, state]):
-            if state[name].shape != sums[name].shape:
-                shapes = f"{tuple(sums[name].shape)}, {tuple(state[name].shape)}"
+        if self.empty:
+            self.sums = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in state.items()}
+            self.kept, self.empty = {name: value.dtype for name, value in state.items()}, False
+        for name in same_names([self.sums, state]):
+            if state[name].shape != self.sums[name].shape:
+                shapes = f"{tuple(self.sums[name].shape)}, {tuple(state[name].shape)}"
                 raise FedloraError(f"states differ in the shape of '{name}': {shapes}")
-            sums[name].add_(state[name], alpha=weight)
-        total += weight
-    if sums is None or total <= 0:
-        raise FedloraError(f"a mean needs states whose weights have a positive sum, got {total}")
-    return {name: (value / total).to(kept[name]) for name, value in sums.items()}
+            self.sums[name].add_(state[name], alpha=weight)
+        self.weight += weight
+
+    def value(self) -> State:
+        """The mean of what was added. Raises where nothing was, or nothing with a weight."""
+        if self.weight <= 0:
+            raise FedloraError(f"a mean needs states whose weights have a positive sum, got {self.weight}")
+        return {name: (value / self.weight).to(self.kept[name]) for name, value in self.sums.items()}
+
+
+def weighted_mean(weighted: Iterable[tuple[Mapping[str, Tensor], float]]) -> State:
+    """sum_k w_k state_k / sum_k w_k in one pass: `WeightedMean` of pairs of a state and its weight."""
+    mean = WeightedMean()
+    for state, weight in weighted:
+        mean.add(state, weight)
+    return mean.value()
 
 
 def mean(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> State:

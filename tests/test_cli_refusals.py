@@ -27,7 +27,22 @@ REFUSED = [
     )),
     ("run fedit --epsilon 3 --quantile 0.5", "--quantile needs --unit client"),
     ("compare fedit --clip 2", "--clip needs --epsilon or --sigma"),
+    ("run fedit --clip 0", "--clip needs --epsilon or --sigma"),
+    ("run fedit --delta 0", "--delta needs --epsilon or --sigma"),
     # numbers
+    ("run fedit --sigma inf", "sigma must be finite"),
+    ("run fedit --dirichlet nan", "dirichlet must be positive and finite"),
+    ("run fedit --dirichlet inf", "dirichlet must be positive and finite"),
+    ("network fedit --timeout inf", "--timeout must be a positive and finite number of seconds"),
+    ("network fedit --timeout nan", "--timeout must be a positive and finite number of seconds"),
+    ("run feddg --change ratio=5", "ratio must be in [0, 0.5]"),
+    ("run feddg --change tau=0", "tau must be in (0, inf)"),
+    ("run fedavgm --change inner=median", "setting 'inner' of"),
+    ("run fedprox --change target=5", "setting 'target' of"),
+    # what an option of the command says
+    *((f"{command} --option {name}=3", f"use --{name}") for command in ("run fedit", "data show phantom")
+      for name in ("size", "seed", "sites", "unseen")),
+    ("run fedit --option name=3", "use --data"),
     ("run fedit --lr nan", "lr must be positive and finite, got nan"),
     ("run fedit --lr inf", "lr must be positive and finite, got inf"),
     ("run fedit --alpha 0", "alpha must be positive"),
@@ -84,6 +99,20 @@ def test_what_is_refused_is_told_in_one_line_and_leaves_nothing(words, message, 
     error = capsys.readouterr().err
     assert error.startswith("fedlora: ") and error.count("\n") == 1 and message in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--whole-unseen --unseen=", "whole_unseen needs a site that never trains"),
+        ("--sites ²", "site '²'"),
+        ("--data=", "data is the name of a data set"),
+    ],
+)
+def test_words_of_a_run_that_name_nothing_are_refused(words, message, capsys, tmp_path):
+    assert main(["run", "fedit", *TINY, *words.split(), "--out", "made"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_no_ranks_at_all_are_refused(capsys):

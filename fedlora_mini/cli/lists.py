@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from fedlora_mini.cli.settings import Add, options
+from fedlora_mini.cli.settings import Add, data_options
 from fedlora_mini.cli.shown import print_columns
 from fedlora_mini.errors import FedloraError
 
@@ -85,7 +85,7 @@ def data_show(args: argparse.Namespace) -> None:
 
     if args.size > LARGEST_SIDE:
         raise FedloraError(f"size must be from 8 to {LARGEST_SIDE}, got {args.size}")
-    loaded = data.load(_named(args), size=args.size, seed=args.seed, **options(args.option))
+    loaded = data.load(_named(args), size=args.size, seed=args.seed, **data_options(args.option))
     print(data.shift_table(loaded).to_string(float_format=lambda v: f"{v:.3f}"))
     out = Path(args.out or f"{loaded.name}-gallery.png")
     try:

@@ -1,6 +1,9 @@
 """Federated runs: `fedlora run | network | compare`."""
 
 import argparse
+import hashlib
+import json
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -54,10 +57,13 @@ def run_command(args: argparse.Namespace) -> None:
 
 def network_command(args: argparse.Namespace) -> int:
     """One method, one seed, in processes of their own that talk through Flower."""
+    from fedlora_mini.errors import FedloraError
     from fedlora_mini.experiments.config import RunConfig
     from fedlora_mini.experiments.loopback import run_loopback
     from fedlora_mini.experiments.report import privacy
 
+    if not 0 < args.timeout < math.inf:
+        raise FedloraError(f"--timeout must be a positive and finite number of seconds, got {args.timeout:g}")
     config = RunConfig(method=args.method, seed=args.seed, **settings(args))
     folder = folder_of(
         args.out or f"runs/network-{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}"
@@ -97,8 +103,8 @@ def compare_command(args: argparse.Namespace) -> None:
     if args.search_on is not None and args.search_lr is None:
         raise FedloraError("--search-on needs --search-lr, the grid of rates")
     on = None if args.search_on is None else SEARCH_ON[args.search_on]
-    name = f"runs/compare-{Path(given.get('data', 'phantom')).stem}-{RunConfig(**given).key()}"
-    folder = folder_of(args.out or name)
+    told = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
+    folder = folder_of(args.out or f"runs/compare-{Path(given.get('data', 'phantom')).stem}-{told}")
     rates = [] if args.search_lr is None else parse_rates(args.search_lr, "--search-lr")
     seeds = parse_seeds(args.seeds)
 

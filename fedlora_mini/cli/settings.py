@@ -29,6 +29,17 @@ def options(pairs: Sequence[str], option: str = "--option") -> dict[str, Any]:
     return out
 
 
+def data_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """The data set's own options. Raises for what has an option of the command."""
+    given = options(pairs)
+    for name in given:
+        if name in ("size", "seed", "sites", "unseen", "name"):
+            raise FedloraError(
+                f"--option {name}=… is no option of a data set: use --{'data' if name == 'name' else name}"
+            )
+    return given
+
+
 def parse_rates(text: str, option: str) -> list[float]:
     """ "1e-3,3e-3" -> [0.001, 0.003]."""
     try:
@@ -62,7 +73,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in names.split() if getattr(args, name, None) is not None}
     if args.epsilon is None and args.sigma is None:
         for name in PRIVATE:
-            if getattr(args, name) not in (None, False):
+            if getattr(args, name) is not None and getattr(args, name) is not False:
                 raise FedloraError(f"--{name} needs --epsilon or --sigma: without one of them nothing is private")
     if args.quantile is not None and args.unit != "client":
         raise FedloraError("--quantile needs --unit client: an image's gradients have a fixed C")
@@ -72,7 +83,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         if not all(rank.strip().isdecimal() for rank in args.ranks.split(",")):
             raise FedloraError(f"--ranks '{args.ranks}' is not understood; accepted: whole numbers such as 2,4,8")
         given["ranks"] = [int(rank) for rank in args.ranks.split(",")]
-    given |= {"data_options": options(args.option), "change": options(args.change, "--change")}
+    given |= {"data_options": data_options(args.option), "change": options(args.change, "--change")}
     given["leakage"], given["whole_unseen"] = args.leakage, args.whole_unseen
     given["secure"] = args.secure
     return given | {"augment": not args.no_augment}

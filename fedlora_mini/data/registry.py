@@ -12,7 +12,7 @@ from typing import Any
 from fedlora_mini.accepted import fitting
 from fedlora_mini.data.base import Dataset
 from fedlora_mini.data.seeds import checked
-from fedlora_mini.data.select import Choice, choose_sites, limit
+from fedlora_mini.data.select import Choice, choose_sites, counted, limit
 from fedlora_mini.errors import FedloraError, unknown
 
 
@@ -142,9 +142,11 @@ def load(
             raise unknown(f"option of data set '{label}'", key, {*kinds, "sites", "unseen"})
         options[key] = fitting(f"option '{key}' of data set '{label}'", options[key], kinds[key])
     caps = {key: options.pop(key) for key in CAPS if key not in own and key in options}
-    if "n_sites" in own and isinstance(sites, int):  # simulated sites: a number makes so many
+    sites = counted(sites) if "n_sites" in own else sites
+    if isinstance(sites, int) and "n_sites" in own:  # simulated sites: a number makes so many
         options, sites = {**options, "n_sites": sites}, None
-    if "n_unseen" in own and isinstance(unseen, int):
+    unseen = counted(unseen) if "n_unseen" in own else unseen
+    if isinstance(unseen, int) and "n_unseen" in own:
         options, unseen = {**options, "n_unseen": unseen}, None
     dataset = choose_sites(loader(size=size, seed=seed, **options), sites, unseen)
     for site in (*dataset.sites, *dataset.unseen):

@@ -1,6 +1,6 @@
 """Which sites train, which are held out, and how many images of each: the same words for every data set."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,13 +12,20 @@ from fedlora_mini.errors import FedloraError, unknown
 Choice = str | int | Sequence[str] | None
 
 
+def counted(choice: Choice, pool: Collection[str] = ()) -> Choice:
+    """A text of digits as the number that it is, unless it is the name of a site."""
+    return int(choice) if isinstance(choice, str) and choice.isdecimal() and choice not in pool else choice
+
+
 def choose_sites(dataset: Dataset, sites: Choice = None, unseen: Choice = None) -> Dataset:
     """The data set with these sites.
 
     A number means the first so many `sites`, or so many `unseen` ones (the data set's own first, then its last sites).
-    Names: a list, or "a,b". `unseen=()` holds nobody out. Sites that neither names are left out.
+    Names: a list, or "a,b"; "3" is a site of that name where there is one, else a number. `unseen=()` holds nobody
+    out. Sites that neither names are left out.
     """
     pool = {site.name: site for site in (*dataset.sites, *dataset.unseen)}
+    sites, unseen = counted(sites, pool), counted(unseen, pool)
     usual, held = [s.name for s in dataset.sites], [s.name for s in dataset.unseen]
     wanted, kept_out = _names(sites, pool), _names(unseen, pool)
     if isinstance(unseen, int):

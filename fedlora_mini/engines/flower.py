@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load, save
 
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.federation.aggregation.padded import truncate
 from fedlora_mini.federation.exchange import Request, Update
 from fedlora_mini.federation.member import Member
 from fedlora_mini.privacy import Ledger
@@ -66,14 +67,17 @@ class FlowerEngine:
         for client, content in self._ask("train", contents):
             self.heard[client] = requests[client].round
             notes = content[NOTES]
-            yield Update(client, unpack(content, self.device), notes["weight"], notes["loss"], notes["steps"])
+            told = (notes[name] for name in ("weight", "loss", "steps", "broken"))
+            yield Update(client, unpack(content, self.device), *told)
 
-    def scores(self, state: State) -> dict[str, Any]:
+    def scores(self, state: State, ranks: Mapping[int, int]) -> dict[str, Any]:
         """Site -> the scores of its personal model, taken where its private part is; `state` is the server's.
 
-        Without a site whose node does not answer; raises if none does.
+        ranks: of clients that adapt with another rank than the server. Without a site whose node does not answer;
+        raises if none does.
         """
-        contents = {client: pack(state, heard=self.heard[client]) for client in self.clients}
+        fitted = {client: truncate(state, ranks[client]) if client in ranks else state for client in self.clients}
+        contents = {client: pack(own, heard=self.heard[client]) for client, own in fitted.items()}
         replies = [json.loads(content[NOTES]["scores"]) for _, content in self._ask("evaluate", contents)]
         if not replies:
             told = "; ".join(sorted(set(self.reasons.values()))) or "no node answered"
@@ -184,7 +188,7 @@ def client_app(site: Callable[[str, int], Site], code: str) -> "ClientApp":
         round = message.content[NOTES]["round"]
         update = member.answer(Request(round, unpack(message.content, member.data.images.device)))
         context.state = pack(member.memory, round=round, ledger=json.dumps(member.ledger and member.ledger.asdict()))
-        content = pack(update.state, weight=update.weight, loss=update.loss, steps=update.steps)
+        content = pack(update.state, weight=update.weight, loss=update.loss, steps=update.steps, broken=update.broken)
         return Message(content, reply_to=message)
 
     @app.evaluate()

@@ -50,8 +50,15 @@ class LocalEngine:
     ) -> None:
         if execution not in EXECUTIONS:
             raise unknown("execution", execution, EXECUTIONS)
+        can = all(key.factor in _factors(model, key.path) for key in keys.values())
         if guard is not None:
             guard.check(method)
+            check_groupable(dict(model.named_modules()), ())  # no layer that mixes images
+            if not can:
+                raise FedloraError(
+                    f"'{method.title}' trains a model's own weights: private gradients need a row whose adapters "
+                    "have a group axis"
+                )
             layers = dict(adapters(model))
             moving = [name for name, key in keys.items() if moves_at_all(key, layers)]
             check_groupable(dict(model.named_modules()), moving)
@@ -62,7 +69,6 @@ class LocalEngine:
         for client, rank in (ranks or {}).items():
             self.members[client].memory = truncate(start, rank)
         self.clients = [member.number for member in self.members]
-        can = all(key.factor in _factors(model, key.path) for key in keys.values())
         if execution == "grouped" and not can:
             raise FedloraError(
                 f"'{method.title}' trains a model's own weights, which have no group axis: use execution 'sequential'"
@@ -121,9 +127,13 @@ class LocalEngine:
         yield from (m.close(end, loss, round) for m, end, loss in zip(members, ends, losses, strict=True))
 
     def personal(self, client: int, server: Server) -> State:
-        """The client's own model: the server's shared tensors with the client's private ones, as its work has it."""
-        member = self.members[client]
-        return S.pick(self.method.work.personal(server.state | member.own(member.memory), member), is_model)
+        """The client's own model: the server's shared tensors with the client's private ones, as its work has it.
+
+        At the client's rank, where that is another than the server's.
+        """
+        member, rank = self.members[client], server.ranks.get(client)
+        shared = server.state if rank is None else truncate(server.state, rank)
+        return S.pick(self.method.work.personal(shared | member.own(member.memory), member), is_model)
 
     @property
     def private_in_common(self) -> str:

@@ -36,9 +36,17 @@ def check_nothing_released(log: Path, sign: str = "round") -> None:
 
 
 def save_checkpoint(
-    path: Path, server: Server, engine: LocalEngine, records: list[dict[str, Any]], watch: Watch | None = None
+    path: Path,
+    server: Server,
+    engine: LocalEngine,
+    records: list[dict[str, Any]],
+    watch: Watch | None = None,
+    seconds: float = 0.0,
 ) -> None:
-    """What server, clients and watch remember, and the records so far. No generator: each is made from its key."""
+    """What server, clients and watch remember, the records so far and the seconds that they took.
+
+    No generator: each is made from its key.
+    """
     tensors: dict[str, Tensor] = {f"server/{name}": value for name, value in server.state.items()}
     tensors |= {f"products/{name}": value for name, value in server.products.items()}
     for client, state in engine.memory.items():
@@ -52,6 +60,7 @@ def save_checkpoint(
         "seen": {str(client): round for client, round in server.seen.items()},
         "ranks": {str(client): rank for client, rank in server.ranks.items()},
         "records": records,
+        "seconds": seconds,
         "names": list(tensors),  # in their order, which the file does not keep: sums over tensors follow it
         "ledgers": {str(m.number): m.ledger.asdict() for m in engine.members if m.ledger is not None},
         "noised": {str(m.number): sorted(m.noised) for m in engine.members},
@@ -61,12 +70,18 @@ def save_checkpoint(
     os.replace(part, path)
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors: "records", "seconds", and what `load_checkpoint` puts back."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["notes"])
+
+
 def load_checkpoint(
     path: Path, server: Server, engine: LocalEngine, watch: Watch | None = None
 ) -> list[dict[str, Any]]:
     """Put server, engine and watch back to where they were; returns the records."""
+    notes = read_notes(path)
     with safe_open(path, framework="pt", device=str(engine.device)) as file:
-        notes = json.loads(file.metadata()["notes"])
         parts: dict[str, State] = {}
         for key in notes["names"]:
             owner, _, name = key.partition("/")

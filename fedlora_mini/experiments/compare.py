@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlora_mini.data import DATASETS, Dataset
 from fedlora_mini.errors import Diverged, FedloraError
-from fedlora_mini.experiments.arms import parse_arm
+from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import METRICS, Federation, dataset_of
 from fedlora_mini.experiments.lines import add_lines, read_lines
@@ -95,8 +95,9 @@ class Comparison:
         for seed in self.seeds:
             if self.rates and not on:
                 found = [self._search(config, (seed,)) for config in arms]
-            results += [self._one(config.but(seed=seed)) | told for config, told in found]
-        add_lines(file, results)
+            for config, told in found:
+                results.append(self._one(config.but(seed=seed)) | told)
+                add_lines(file, results[-1:])  # what is finished is kept, whatever comes of the next
         return results
 
     def check(self) -> tuple[list[RunConfig], Sequence[int]]:
@@ -144,7 +145,11 @@ class Comparison:
         return sum(map(validation, records)) / len(records)
 
     def _one(self, config: RunConfig, test: bool = True) -> dict[str, Any]:
-        return run(config, self._folder(config), self.on_run(config), lambda: self._dataset(config), test)
+        try:
+            return run(config, self._folder(config), self.on_run(config), lambda: self._dataset(config), test)
+        except FedloraError as error:
+            kind = Diverged if isinstance(error, Diverged) else FedloraError
+            raise kind(f"{arm_of(config.asdict())}, seed {config.seed}: {error}") from None
 
     def _folder(self, config: RunConfig) -> Path:
         return self.folder / f"{config.method}-seed{config.seed}-{config.key()}"

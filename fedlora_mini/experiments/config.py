@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -110,6 +110,14 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise FedloraError(f"{name} must be positive and finite, got {value}")
+        if not self.data:
+            raise FedloraError(
+                "data is the name of a data set (see `fedlora data list`) or the path of a folder, got ''"
+            )
+        if self.dirichlet is not None and not 0 < self.dirichlet < math.inf:
+            raise FedloraError(f"dirichlet must be positive and finite, got {self.dirichlet}")
+        if self.sigma is not None and not self.sigma < math.inf:
+            raise FedloraError(f"sigma must be finite, got {self.sigma}")
         if not 0 < self.fraction <= 1:
             raise FedloraError(f"the participation fraction must be in (0, 1], got {self.fraction}")
         if not 0 <= self.weight_decay < math.inf:
@@ -185,6 +193,11 @@ class RunConfig:
             if name not in known:
                 raise unknown("setting", name, known)
         return replace(self, **changes)
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> "RunConfig":
+        """The config that a record holds. Raises for a setting that this version does not know."""
+        return cls().but(**record)
 
     def asdict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fedlora_mini import state as S
-from fedlora_mini.adapters import ADAPTERS, keys, prepare, trainable
+from fedlora_mini.adapters import ADAPTERS, adapters, keys, prepare, trainable
 from fedlora_mini.adapters.features import statistic
-from fedlora_mini.data import Dataset, Split, load
+from fedlora_mini.data import Dataset, Site, Split, load
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
@@ -48,9 +48,8 @@ def pick_device(name: str) -> torch.device:
 
 def dataset_of(config: RunConfig) -> Dataset:
     """The data of a run, dealt to clients as its partition says. The data seed is the run's seed."""
-    sites = int(config.sites) if config.sites and config.sites.isdigit() else config.sites
     own = config.data_options
-    data = load(config.data, size=config.size, seed=config.seed, sites=sites, unseen=config.unseen, **own)
+    data = load(config.data, size=config.size, seed=config.seed, sites=config.sites, unseen=config.unseen, **own)
     if config.dirichlet is None:
         return data
     by = "label" if data.task == "classification" else "site"
@@ -89,7 +88,7 @@ class Federation:
         model = prepare(model, row.adapter, config.seed, **options).to(device)
         start = trainable(model)
         table = keys(model, list(start))
-        if told := row.keeps_nothing(table, config.model) or row.sends_nothing(table):
+        if told := row.keeps_nothing(table, config.model) or row.sends_nothing(table) or row.filters_nothing(table):
             raise FedloraError(told)
         noised = [name for name, key in table.items() if statistic(name) and row.shared(key)]
         if config.private and config.unit == "client" and noised:
@@ -100,6 +99,10 @@ class Federation:
         train = [site.train for site in data.sites]
         ranks = config.ranks_of(len(train), row)
         train = [Split.concat(train)] if row.pooled else train
+        steps = min(config.budget.of(len(split)).steps for split in train)
+        layers = dict(adapters(model))
+        if told := row.rests({name: key for name, key in table.items() if moves_at_all(key, layers)}, steps):
+            raise FedloraError(told)
         engine = LocalEngine(
             model,
             row,
@@ -113,7 +116,9 @@ class Federation:
             guard_of(config, [len(split) for split in train]),
         )
         server = Server(start, ranks=dict(ranks))
-        apart = [site.val for site in data.sites], [site.test for site in data.unseen]
+        if config.whole_unseen and not data.unseen:
+            raise FedloraError(f"whole_unseen needs a site that never trains, and '{data.name}' here has none")
+        apart = [site.val for site in data.sites], [unseen_part(site, config) for site in data.unseen]
         watch = Watch(engine, server, *apart, data.classes) if config.leakage else None
         return cls(config, data, model, server, engine, watch)
 
@@ -127,7 +132,7 @@ class Federation:
         if missing := [path.name for path in (record, tensors) if not path.is_file()]:
             raise FedloraError(f"'{folder}' holds no finished run: it lacks {', '.join(missing)}")
         result = read_record(record)
-        config = RunConfig(**result["config"])
+        config = RunConfig.read(result["config"])
         try:
             data = dataset_of(config) if data is None else data
         except FedloraError as error:
@@ -144,6 +149,7 @@ class Federation:
             parts.setdefault(owner, {})[own] = value.to(federation.engine.device)
         server = federation.server
         server.state, server.round = parts["server"], len(result["loss"])
+        server.ranks |= {int(client): rank for client, rank in result.get("ranks", {}).items()}
         for member in federation.engine.members:
             heard = S.pick(server.state, lambda name: not name.startswith(OWN))
             member.memory = heard | parts.get(f"client {member.number}", {})
@@ -229,18 +235,17 @@ class Federation:
                 out["personal"][site.name] = scores(state, getattr(site, part), member.notes)
         if "global" in wanted:
             own = engine.method.work.notes or engine.method.personal_notes  # what a site's model reads besides
-            same = "personal" in out and not own and not any(map(engine.private, common))  # one model for all
+            same = "personal" in out and not own and not any(map(engine.private, common)) and not self.server.ranks
             common_notes = self.server.state
             out["global"] = (
                 out["personal"]
-                if same
+                if same  # one model for all
                 else {site.name: scores(common, getattr(site, part), common_notes) for site in self.data.sites}
             )
         if "new site" in wanted and self.data.unseen:
             notes, new = self.server.state, {}
             for site in self.data.unseen:
-                whole = self.config.whole_unseen and part == "test"
-                split = Split.concat([site.train, site.val, site.test]) if whole else getattr(site, part)
+                split = unseen_part(site, self.config) if part == "test" else getattr(site, part)
                 seen = engine.method.images(split.images, notes)
                 state = engine.method.work.newcomer(common, engine.members, seen)
                 new[site.name] = scores(state, split, notes)
@@ -275,6 +280,11 @@ class Federation:
         that HarmoFL gives its images. A run's `final.safetensors` has them as "<part>/<name>": see `finished`.
         """
         return {"server": self.server.state} | {f"client {m.number}": m.personal_part for m in self.engine.members}
+
+
+def unseen_part(site: Site, config: RunConfig) -> Split:
+    """What a site that never trains is scored on: its test share, or with `whole_unseen` all that it has."""
+    return Split.concat([site.train, site.val, site.test]) if config.whole_unseen else site.test
 
 
 def mean_over_sites(protocol: dict[str, Any], metric: str = "dice") -> float:

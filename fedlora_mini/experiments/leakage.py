@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Key
-from fedlora_mini.adapters.features import embed
+from fedlora_mini.adapters.features import embed, in_use
 from fedlora_mini.data.base import Split
 from fedlora_mini.engines import LocalEngine
 from fedlora_mini.federation import Method, Request, Server, Update
@@ -200,7 +200,8 @@ class Watch:
         """The features' means over pixels: (images, sites, channels)."""
         engine, images = self.engine, min(map(len, self.held_out))
         seen = [engine.method.images(split.images[:images], self.server.state) for split in self.held_out]
-        z = [embed(engine.setting.model, state, x.to(engine.device))[1].cpu() for x in seen]
+        with in_use(engine.setting.model):  # a network that trains its norms would write statistics into the state
+            z = [embed(engine.setting.model, state, x.to(engine.device))[1].cpu() for x in seen]
         return torch.stack([each.flatten(2).mean(2) if each.dim() > 2 else each for each in z], 1)
 
     def _swapped(self) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def lead(grid: "Grid", text: str, timeout: float, folder: Path) -> Iterator[dict
         yield {"event": "round", **asdict(each)}
     final = {name: value.cpu().clone().contiguous() for name, value in server.state.items()}
     (folder / "final.safetensors").write_bytes(save(final))
-    scores = engine.scores(S.pick(server.state, lambda name: not name.startswith(OWN)))
+    scores = engine.scores(S.pick(server.state, lambda name: not name.startswith(OWN)), server.ranks)
     told = federation.promise.told(server.round)
     seconds, digest = None if None in took else perf_counter() - started, S.digest([server.state])
     result = {"scores": {"personal": scores}, **told, "seconds": seconds, "server_sha256": digest}

@@ -18,6 +18,7 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.checkpoint import (
     check_nothing_released,
     load_checkpoint,
+    read_notes,
     save_checkpoint,
     write_atomically,
 )
@@ -49,7 +50,8 @@ def run(
         torch.set_num_threads(config.threads)
     if finished.exists():
         result = read_record(finished)
-        if RunConfig(**result.get("config", {})).asdict() != json.loads(json.dumps(config.asdict())):  # as JSON has it
+        asked = json.loads(json.dumps(config.asdict()))  # as JSON has it
+        if RunConfig.read(result.get("config", {})).asdict() != asked:
             raise FedloraError(f"'{folder}' holds another run's result; choose another folder")
         return result if _tested(result) or not test else _test(folder, result, data)
     started = perf_counter()
@@ -61,8 +63,8 @@ def run(
     checkpoint = folder / "checkpoint.safetensors"
     if config.private and not checkpoint.exists():
         check_nothing_released(folder / "log.jsonl")
-    records = _resumed(checkpoint, federation) if checkpoint.exists() else [head]
-    _check_same(records[0], head, folder)
+    records = _resumed(checkpoint, federation, head) if checkpoint.exists() else [head]
+    before = read_notes(checkpoint).get("seconds", 0.0) if checkpoint.exists() else 0.0
     folder.mkdir(parents=True, exist_ok=True)
     for each in federation.rounds():
         record = {"event": "round", **asdict(each)}
@@ -71,12 +73,13 @@ def run(
         if config.eval_every and (each.round % config.eval_every == 0 or each.round == config.rounds):
             record |= federation.validate()
         records.append(record)
-        save_checkpoint(checkpoint, server, engine, records, federation.watch)
+        elapsed = 0.0 if each.seconds is None else before + perf_counter() - started  # else they are secret
+        save_checkpoint(checkpoint, server, engine, records, federation.watch, elapsed)
         write_atomically(folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in records))
         shutil.copymode(folder / "log.jsonl", checkpoint)  # whoever may read the log
         progress(record)
     tested = federation.evaluate("test") if test else {}
-    result = _result(federation, records, tested, perf_counter() - started)
+    result = _result(federation, records, tested, before + perf_counter() - started)
     final = {f"{owner}/{name}": value for owner, s in federation.states().items() for name, value in s.items()}
     tensors = {name: value.cpu().clone().contiguous() for name, value in final.items()}  # no two share memory
     (folder / "final.safetensors").write_bytes(save(tensors))  # save_file's are the owner's alone
@@ -106,12 +109,16 @@ def _test(folder: Path, result: dict[str, Any], data: Callable[[], Dataset] | No
     return result
 
 
-def _resumed(checkpoint: Path, federation: Federation) -> list[dict[str, Any]]:
-    """The records of a checkpoint, with the federation put back to where it was."""
+def _resumed(checkpoint: Path, federation: Federation, head: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of a checkpoint of this run, with the federation put back to where it was."""
+    config = head["config"]
     try:
+        begun = read_notes(checkpoint)["records"][0]
+        config = begun["config"]
+        _check_same(begun, head, checkpoint.parent)
         return load_checkpoint(checkpoint, federation.server, federation.engine, federation.watch)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise FedloraError(f"'{checkpoint}' is damaged: {error}; {_instead(federation.config.asdict())}") from None
+    except (SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise FedloraError(f"'{checkpoint}' is damaged: {error}; {_instead(config)}") from None
 
 
 def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
@@ -174,6 +181,7 @@ def _result(
         "bytes_down": [r["bytes_down"] for r in rounds],
         "agg_err": [r["agg_err"] for r in rounds],
         "loss": [r["loss"] for r in rounds],
+        **({"ranks": {str(k): rank for k, rank in ranks.items()}} if (ranks := federation.server.ranks) else {}),
         "refused": [line for r in rounds for line in r["refused"]],
         **_leakage(rounds),
         **federation.promise.told(federation.server.round),

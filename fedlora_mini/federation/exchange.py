@@ -43,6 +43,7 @@ class Update:
     weight: float
     loss: float = float("nan")  # mean over its local steps
     steps: int = 1  # local steps it took
+    broken: bool = False  # whether training left the finite numbers, in what is sent or in what stays at the client
 
 
 @dataclass
@@ -96,7 +97,7 @@ def refusal(update: Update, expected: State, messages: Iterable[str] = (), unequ
             return f"client {update.client}: '{name}' is {tuple(value.shape)}, expected {tuple(wanted.shape)}"
         if value.dtype != wanted.dtype:
             return f"client {update.client}: '{name}' is {value.dtype}, expected {wanted.dtype}"
-    if not finite(update.state):
+    if update.broken or not finite(update.state):
         return f"client {update.client}: {NOT_FINITE}"
     if not 0 < update.weight < math.inf:
         return f"client {update.client}: weight {update.weight} is not positive and finite"

@@ -162,22 +162,23 @@ class Member:
         self.receive(request)
         known = dict(self.memory)
         end, loss, messages = self.setting.method.work.round(self, request.round)
-        if not (S.finite(end) and S.finite(self.memory)):
+        if broken := not (S.finite(end) and S.finite(self.memory)):
             self.memory = known  # a work's notes, like private tensors, are not replaced by broken ones
-        return self.close(end, loss, request.round, messages)
+        update = self.close(end, loss, request.round, messages)
+        return replace(update, broken=broken)
 
     def close(self, end: State, loss: float, round: int, messages: State | None = None) -> Update:
-        """Keep the private part, unless it is broken; hand out the shared tensors that moved, and the messages."""
-        own = self.own(end)
-        if S.finite(own):
-            self.memory |= own
+        """Keep the private part, unless training broke; hand out the shared tensors that moved, and the messages."""
+        broken = not S.finite(end)
+        if not broken:
+            self.memory |= self.own(end)
         setting, steps = self.setting, self.setting.budget.steps  # the run's: all clients send the same names
         moves, keys, private = setting.method.schedule.moves, setting.keys, setting.private
         sent = {
             n: v for n, v in end.items() if n in keys and not private(n) and moves(keys[n], round, steps, self.notes)
         }
         taken = setting.budget.of(len(self.data)).steps
-        return Update(self.number, sent | (messages or {}), float(len(self.data)), loss, taken)
+        return Update(self.number, sent | (messages or {}), float(len(self.data)), loss, taken, broken)
 
 
 def on(device: torch.device, split: Split) -> Split:

@@ -14,7 +14,7 @@ from fedlora_mini.federation.aggregation.mean import mean
 from fedlora_mini.federation.exchange import Rule
 from fedlora_mini.federation.schedule import Schedule, together
 from fedlora_mini.federation.sharing import Sharing, nothing
-from fedlora_mini.privacy.filters import FILTERS
+from fedlora_mini.privacy.filters import AXES, FILTERS, SPATIAL
 from fedlora_mini.regularizers import Regularizer
 from fedlora_mini.state import State
 
@@ -59,6 +59,7 @@ class Work:
 
 
 trains = Work()
+MANY = 8  # local steps with which every schedule has moved all that it moves
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,24 @@ class Method:
             f"'{self.title}' shares {self.shared.label}, and of adapter '{self.adapter}' that is nothing: no client "
             f"would send a number; its factors: {there}. If nothing is meant, share `sharing.nothing`"
         )
+
+    def rests(self, keys: Mapping[str, Key], steps: int) -> str:
+        """What to say where the schedule would move one of these tensors, and so few local steps never do."""
+        moved = {n: {name for name, k in keys.items() if self.schedule.may_move(k, 2, n)} for n in range(1, MANY + 1)}
+        if steps >= MANY or not (left := moved[MANY] - moved[steps]):
+            return ""
+        least = min(n for n, names in moved.items() if left <= names)
+        return (
+            f"'{self.title}' moves '{min(left)}' late in a round ({self.schedule.label}): a client that takes {steps} "
+            f"local step{'s' * (steps > 1)} would never train it; at least {least} are needed"
+        )
+
+    def filters_nothing(self, keys: Mapping[str, Key]) -> str:
+        """What to say where gradients of factors are filtered, and the row trains none."""
+        found = [term.label for term in self.objective if isinstance(term, SPATIAL)]
+        if not found or any(key.factor in AXES for key in keys.values()):
+            return ""
+        return f"'{self.title}' trains no low-rank factor, which is what the {found[0]} acts on; leave out 'filter'"
 
     def but(self, **changes: Any) -> "Method":
         """The row with other numbers in its rule, objective and work: `but(lam=0.1)`. Raises if no part has it.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import Key, call
-from fedlora_mini.losses import segmentation_loss
+from fedlora_mini.losses import task_loss
 from fedlora_mini.state import State
 from fedlora_mini.thin import inner, norm2
 
@@ -60,7 +60,7 @@ def gradients_through(
         private, own = name[:-1] + ("A" if axis else "B"), state[name].detach()
         seen[name] = torch.cat([own] + [torch.zeros_like(own)] * len(others), axis).requires_grad_()
         seen[private] = torch.cat([state[private], *(other[private] for other in others)], 1 - axis)
-    loss = segmentation_loss(call(model, seen, x), y).mean()
+    loss = task_loss(call(model, seen, x), y).mean()
     gradients = dict(zip(axes, torch.autograd.grad(loss, [seen[name] for name in axes]), strict=True))
     parts = {name: g.chunk(1 + len(others), axes[name]) for name, g in gradients.items()}
     return [{name: of[k] for name, of in parts.items()} for k in range(1 + len(others))]

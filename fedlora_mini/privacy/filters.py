@@ -172,6 +172,7 @@ class Rescale(Regularizer):
         along_features(gradient, context, lambda name, g, axis: self.factor * g)
 
 
+SPATIAL = (LowPass, Rescale, Laplacian)  # they act along the features of factors, and on nothing else
 FILTERS: dict[str, tuple[Regularizer, ...]] = {
     "none": (),
     "low-pass": (LowPass(),),

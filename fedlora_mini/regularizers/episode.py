@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.chance import seeded
 from fedlora_mini.data.base import IGNORE
 from fedlora_mini.data.spectral import low_frequency_swap
@@ -67,6 +68,9 @@ class Episode(Regularizer):
 
     grouped = False
     features = True
+
+    def __post_init__(self) -> None:
+        ranges(self, inner="[0, inf)", clamp="(0, inf)", ratio="[0, 0.5]", contrast="[0, inf)", tau="(0, inf)")
 
     @property
     def label(self) -> str:  # type: ignore[override]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora_mini.data import Dataset, Site, Split
+from fedlora_mini.data import Dataset, Site, Split, choose_sites
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
@@ -52,6 +52,44 @@ def test_a_row_that_would_send_nothing_is_refused(monkeypatch):
     monkeypatch.setitem(METHODS, "mine", row)
     with pytest.raises(FedloraError, match="no client would send a number; its factors: "):
         Federation.build(RunConfig(method="mine", **TINY), own(hospital(size=16, label=0)))
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "moves"),
+    [
+        ("fedrep", {"steps": 1}, "decoder.*at least 2"),
+        ("pfedlora", {"steps": 1}, "at least 2"),
+        ("la_lora", {"passes": 0.5}, "A'.*takes 1 local step would never train it; at least 2"),
+        ("rolora", {"steps": 1}, None),
+        ("fedrep", {"steps": 2}, None),
+    ],
+)
+def test_a_row_that_moves_something_late_needs_a_second_step(method, steps, moves):
+    data, config = own(hospital(label=0)), RunConfig(method=method, **TINY | {"batch": 3} | steps)
+    if moves is None:
+        Federation.build(config, data)
+    else:
+        with pytest.raises(FedloraError, match=moves):
+            Federation.build(config, data)
+
+
+def test_a_filter_of_factors_is_refused_where_there_are_none():
+    data = own(hospital(label=0))
+    for name in ("low-pass", "permuted", "rescaled", "laplacian"):
+        with pytest.raises(FedloraError, match=r"'FedAvg.*' trains no low-rank factor"):
+            Federation.build(RunConfig(method="fedavg", change={"filter": name}, **TINY), data)
+    Federation.build(RunConfig(method="fedavg", change={"filter": "doppler"}, **TINY), data)
+
+
+def test_sites_that_are_called_by_numbers_are_chosen_by_name():
+    sites = tuple(replace(hospital(label=0), name=str(k)) for k in (1, 2, 3))
+    data = Dataset("numbers", sites, ("background", "organ"))
+    assert [s.name for s in choose_sites(data, "3").sites] == ["3"]
+    found = choose_sites(data, "2", "1")
+    assert [s.name for s in found.sites] == ["2"] and [s.name for s in found.unseen] == ["1"]
+    assert len(choose_sites(data, 2).sites) == 2
+    words = Dataset("words", tuple(replace(s, name=f"site {s.name}") for s in sites), data.classes)
+    assert [s.name for s in choose_sites(words, "2", "1").sites] == ["site 1", "site 2"]
 
 
 def test_a_finished_run_on_own_data_asks_for_them(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from fedlora_mini.experiments.compare import SEARCH_ON, SEARCH_SEED, Comparison,
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import dataset_of
 from fedlora_mini.experiments.report import difference_table, figure, read_results, summary, write_report
+from fedlora_mini.experiments.run import run
 
 TINY = {"sites": "2", "size": 32, "rounds": 2, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
 TINY |= {"data_options": {"per_site": 6, "val": 2, "test": 3}}
@@ -142,7 +143,7 @@ def test_a_method_named_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arms", "changes", "message"),
     [
-        (["fedit", "fedavg"], {"sigma": 1.0}, "no adapter's factor"),
+        (["fedit", "fedavg"], {"sigma": 1.0}, "own weights: private gradients need a row"),
         (["fedit", "flora"], {"sigma": 1.0, "unit": "client"}, "'FLoRA'"),
         (["fedit", "ditto"], {"execution": "grouped"}, "'Ditto"),
         (["fedit", "fedbn"], {"model": "unet", "base": "none"}, "FedBN"),
@@ -162,6 +163,24 @@ def test_a_rate_that_diverges_is_the_worst_one_and_stops_nothing(tmp_path):
     assert json.loads((tmp_path / "one/results.jsonl").read_text())["search"] == result["search"]
     with pytest.raises(FedloraError, match=r"'fedit' diverges at every rate that was tried: 1e\+30, 1e\+31"):
         Comparison(["fedit"], [0], own, tmp_path / "all", (1e30, 1e31)).run()
+
+
+@pytest.mark.parametrize("arm", ["local", "fedsa"])
+def test_a_rate_is_the_worst_one_too_where_what_breaks_stays_at_the_sites(tmp_path, arm):
+    """A site that trains alone sends nothing: it may not fall back on what it had before it diverged."""
+    own = TINY | {"optimiser": "sgd", "rounds": 2, "steps": 3}
+    [result] = Comparison([arm], [0], own, tmp_path, (1e-3, 1e30)).run()
+    assert result["config"]["lr"] == 1e-3 and result["search"]["tried"]["1e+30"] is None
+    with pytest.raises(FedloraError, match=r"round 1: no usable update .*client 0: NaN"):
+        run(RunConfig(method=arm, lr=1e30, **own), tmp_path / "alone")
+
+
+def test_what_is_finished_is_kept_where_a_later_arm_cannot_go_on(tmp_path):
+    own = TINY | {"rounds": 2, "steps": 1}
+    with pytest.raises(FedloraError, match=r"^fedavgm:lr=1e\+39, seed 0: "):
+        Comparison(["fedit", "fedavgm:lr=1e39"], [0], own, tmp_path).run()
+    [kept] = read_results([tmp_path])
+    assert kept["config"]["method"] == "fedit"
 
 
 def test_a_file_without_results_is_refused(tmp_path):

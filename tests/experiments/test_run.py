@@ -157,6 +157,21 @@ def test_a_run_meets_its_test_images_when_it_is_asked_to(tmp_path, monkeypatch):
     assert run(config, tmp_path / "a") == run(config, tmp_path / "a", test=False) == tested, "finished is finished"
 
 
+@pytest.mark.parametrize("name", ["hetlora", "flexlora"])
+def test_a_client_of_lower_rank_is_scored_with_its_own_directions(tmp_path, name):
+    """Its model is the server's, cut to its rank; the run as it is had again has the same."""
+    federation = Federation.build(config := RunConfig(method=name, **TINY | {"rank": 3, "ranks": [1, 3]}))
+    list(federation.rounds())
+    server, layer = federation.server, next(n for n in federation.server.state if n.endswith(".A"))
+    low, high = (federation.engine.personal(k, server) for k in (0, 1))
+    assert torch.equal(low[layer], server.state[layer][:1]) and torch.equal(high[layer], server.state[layer])
+    scores = federation.evaluate()
+    assert scores["personal"] is not scores["global"] and scores["personal"]["site2"] == scores["global"]["site2"]
+    run(config, tmp_path)
+    again = Federation.finished(tmp_path)
+    assert torch.equal(again.engine.personal(0, again.server)[layer], low[layer])
+
+
 def test_a_folder_without_a_finished_run_is_refused(tmp_path):
     with pytest.raises(FedloraError, match="holds no finished run: it lacks result"):
         Federation.finished(tmp_path)
@@ -229,6 +244,40 @@ def test_a_run_killed_at_a_random_moment_ends_with_the_same_bytes(tmp_path):
         assert not (folder / "result.json").exists(), "it finished before it was killed"
         assert start(folder).wait() == 0
         assert (folder / "final.safetensors").read_bytes() == whole
+
+
+def test_a_run_that_went_on_counts_all_its_seconds(tmp_path):
+    def stop(record):
+        if record["round"] == 2:
+            raise KeyboardInterrupt
+
+    config = RunConfig(method="fedit", **TINY)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, stop)
+    result = run(config, tmp_path)
+    assert len(result["round_seconds"]) == 3 and result["seconds"] > sum(result["round_seconds"])
+
+
+def test_a_begun_run_of_other_settings_is_told_by_what_it_was(tmp_path):
+    """Also where its tensors would not fit, and a private one stays one that released something."""
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(RunConfig(method="fedit", sigma=1.0, **TINY), tmp_path, stop)
+    with pytest.raises(FedloraError, match=r"another run's checkpoint; .* stays released"):
+        run(RunConfig(method="fedit", **TINY | {"sites": "3"}), tmp_path)
+
+
+def test_a_record_of_another_version_is_one_clear_error(tmp_path):
+    config = RunConfig(method="fedit", **TINY | {"rounds": 0})
+    run(config, tmp_path)
+    record = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps(record | {"config": record["config"] | {"later": 1}}))
+    for act in (lambda: run(config, tmp_path), lambda: Federation.finished(tmp_path)):
+        with pytest.raises(FedloraError, match="unknown setting 'later'"):
+            act()
 
 
 def test_a_folder_of_another_run_is_not_overwritten(tmp_path):

@@ -49,6 +49,19 @@ def test_a_run_that_was_stopped_ends_with_the_leakage_of_the_whole_one(tmp_path,
     assert ("site_probe" in whole["leakage"]) == (method == "iat")
 
 
+def test_looking_writes_no_statistics_into_norms_that_train(tmp_path):
+    own = TINY | {"rounds": 2, "steps": 1, "data_options": {"per_site": 4, "val": 4, "test": 2}}
+    config = RunConfig(method="fedavg", model="unet_bn", **own)
+    plain, watched = run(config, tmp_path / "plain"), run(config.but(leakage=True), tmp_path / "watched")
+    assert "feature_probe" in watched["leakage"] and plain["final_sha256"] == watched["final_sha256"]
+
+
+def test_images_with_one_label_each_can_be_watched(tmp_path):
+    own = {"data": "digits", "model": "vit", "size": 8, "base": "none", "dirichlet": 10.0, "clients": 3, "threads": 1}
+    told = run(RunConfig(method="iat", leakage=True, rounds=2, steps=3, batch=4, **own), tmp_path)["leakage"]
+    assert told["rounds"][1]["leak_energy"] > 0
+
+
 METRICS = {"site_spread", "leak_energy", "leak_cos2", "leak_explained", "overlap"}
 AT_THE_END = {"site_probe", "feature_probe", "swap_drop"}
 HELD_OUT = {"heldout", "heldout_start"}

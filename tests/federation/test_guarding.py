@@ -53,7 +53,7 @@ def test_only_rows_that_tell_nothing_but_gradients_may_be_private(tiny, name):
     refused = pytest.raises(FedloraError, match=f"'{row.title}'")
     assert (name in FREE) == (not PRIVATE.not_dp(row) and all(term.free for term in row.objective))
     own = ADAPTERS[row.adapter].grouped  # a network's own weights have no gradients by image
-    other = nullcontext() if own else pytest.raises(FedloraError, match="no adapter's factor")
+    other = nullcontext() if own else pytest.raises(FedloraError, match="own weights: private gradients need a row")
     with other if name in FREE else refused:
         federation(name, tiny, budgeted)
     with other if all(term.free for term in row.objective) else refused:
@@ -234,7 +234,7 @@ def test_one_pass_pays_up_to_small_batches_and_cannot_be_had_where_clients_do_mo
 
 
 def test_a_models_own_weights_have_no_per_sample_gradients(tiny):
-    with pytest.raises(FedloraError, match="no adapter's factor"):
+    with pytest.raises(FedloraError, match="own weights: private gradients need a row"):
         federation("fedavg", tiny)
 
 

@@ -144,7 +144,7 @@ class Stream:
             del update, value
 
 
-@pytest.mark.parametrize("name", ["fedit", "ffa", "fedadam", "fedavgm", "iat"])
+@pytest.mark.parametrize("name", ["fedit", "ffa", "fedadam", "fedavgm", "iat", "fednova", "hetlora"])
 @pytest.mark.parametrize("measured", [False, True])
 def test_updates_pass_one_by_one_where_the_rule_is_a_mean(setting, base, name, measured):
     """A round of 40 clients holds the first answer, the one at hand and the one before it; so does the error."""

@@ -1,5 +1,6 @@
 """Every server rule against a brute-force oracle, and what all of them have in common."""
 
+import weakref
 from types import FunctionType
 
 import pytest
@@ -117,6 +118,29 @@ def assert_same_model(found, expected, rtol=1e-8):
 
 
 # What all rules have in common
+
+HOLDING = {"Others", "stack", "svd", "residual", "Fair", "Fair, optimised"}  # thin factors of all, or a copy for each
+HOLDING |= {"median", "TrimmedMean", "Krum", "Krum, multi"}  # an order over all
+
+
+@every_rule
+def test_a_rule_lets_go_of_every_update_before_the_next_unless_it_needs_them_all(rule):
+    """Of five, it has at most the one at hand and the one before it."""
+    alive, most = set(), 0
+
+    def arriving():
+        nonlocal most
+        for k in range(5):
+            update = clients(rule)[k]
+            for name, value in update.state.items():
+                alive.add((k, name))
+                weakref.finalize(value, alive.discard, (k, name))
+            most = max(most, len({client for client, _ in alive}))
+            yield update
+            del update, value
+
+    rule(state(9), arriving())
+    assert most == (5 if rule in [RULES[name] for name in HOLDING] else 2)
 
 
 def test_every_public_rule_is_among_those_tested():

@@ -222,10 +222,10 @@ def test_without_any_score_a_run_has_no_end(monkeypatch):
     engine = FlowerEngine(wire, {k: node_id(k) for k in range(3)}, 0.05, CPU)
     with pytest.raises(FedloraError, match=r"no personal model could be scored: .*lost its memory"):
         engine.heard = dict.fromkeys(engine.heard, 7)
-        engine.scores(server.state)
+        engine.scores(server.state, {})
     wire.lost = lambda client, kind, round: True
     with pytest.raises(FedloraError, match="no node answered"):
-        engine.scores(server.state)
+        engine.scores(server.state, {})
 
 
 def test_messages_that_the_link_does_not_take_are_an_error(monkeypatch):

@@ -24,7 +24,7 @@ RESFIM: dict[str, Claim] = {
         not_matched="the mean amplitudes that ResFIM also sends",
     ),
     "resfim-once-over-lottery": Claim(
-        "So does the residual's first mask, kept for good as the random one is.",
+        "pFL-ResFIM's first mask, kept for good, beats a random one that is kept for good.",
         "resfim:once=true",
         "resfim:score=lottery",
         "resfim_appearance.jsonl",
@@ -47,7 +47,7 @@ RESFIM: dict[str, Claim] = {
         not_matched="nothing",
     ),
     "resfim-early-beyond-floor": Claim(
-        "It is so by more than under the transfer to a site's own mean amplitude, which tells of no other site.",
+        "The residual's lead in the encoder is larger under other sites' amplitudes than under its own mean one.",
         "resfim",
         "",
         "resfim_appearance.jsonl",

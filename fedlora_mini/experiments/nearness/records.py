@@ -1,6 +1,5 @@
 """One record a data set, network and seed, as `results/nearness.jsonl` holds them, and their table."""
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from fedlora_mini.data import Dataset
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import dataset_of
+from fedlora_mini.experiments.lines import read_lines, write_lines
 from fedlora_mini.experiments.nearness.features import IMAGES, PLACES, adapted_layers, inputs
 from fedlora_mini.experiments.nearness.maps import beside, between
 from fedlora_mini.experiments.nearness.prediction import REGIONS, costs, lean, margins
@@ -131,10 +131,9 @@ def study(
                 twin = dataset_of(config.but(data_options=config.data_options | {"appearance": 0})) if looks else None
                 model = load_base(network, len(data.classes), data.spatial, config.base, seed)
                 record = {"case": case} | measure(model, data, config, starts_of(case, network, seed), twin)
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-                progress(record)
                 records.append(record)
+                write_lines(out, records)
+                progress(record)
     return records
 
 
@@ -142,7 +141,7 @@ def read(path: Path) -> list[Result]:
     """The records of a file that `study` wrote."""
     if not path.is_file():
         raise FedloraError(f"'{path}' holds no record: expected a file that `nearness.study` wrote")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_lines(path)
 
 
 def of(records: Sequence[Result], case: str, network: str) -> list[Result]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora_mini.errors import FedloraError
+from fedlora_mini.errors import Diverged, FedloraError
 from fedlora_mini.federation.exchange import Rule, is_model
 from fedlora_mini.federation.fold import products_in
 from fedlora_mini.state import State
@@ -33,5 +33,5 @@ def answer(rule: Rule, returned: Any, expected: State) -> State:
             told = " of ".join(map(str, got)), " of ".join(map(str, wanted))
             raise FedloraError(f"rule '{name}' returned '{n}' as {told[0]}, expected {told[1]}")
     if broken := [n for n, value in returned.items() if not bool(torch.isfinite(value).all())]:
-        raise FedloraError(f"rule '{name}' returned NaN or infinite values in '{broken[0]}'")
+        raise Diverged(f"rule '{name}' returned NaN or infinite values in '{broken[0]}'")
     return returned

@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from fedlora_mini import state as S
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.federation.aggregation.mean import mean
 from fedlora_mini.federation.aggregation.optimisers import changes
 from fedlora_mini.federation.exchange import Update
 from fedlora_mini.state import State
@@ -39,13 +38,12 @@ class Nova:
             raise FedloraError(f"momentum lies in [0, 1), got {self.momentum}")
 
     def __call__(self, server: State, updates: Iterable[Update]) -> State:
-        updates = list(updates)
-        work = [effort(update.steps, self.momentum) for update in updates]
-        total = sum(update.weight for update in updates)
-        slow = sum(update.weight * a for update, a in zip(updates, work, strict=True)) / total
-        fast = sum(update.weight / a for update, a in zip(updates, work, strict=True)) / total
-        goal = S.mean([update.state for update in updates], [u.weight / a for u, a in zip(updates, work, strict=True)])
-        stepped = {
-            name: (now + slow * fast * change).to(goal[name].dtype) for name, now, change in changes(server, goal)
-        }
-        return mean(server, updates) | stepped
+        by_images, by_pace, work = S.WeightedMean(), S.WeightedMean(), 0.0  # weights w_k and w_k / a_k; sum_k w_k a_k
+        for update in updates:
+            a = effort(update.steps, self.momentum)
+            by_images.add(update.state, update.weight)
+            by_pace.add(update.state, update.weight / a)
+            work += update.weight * a
+        goal, out = by_pace.value(), by_images.value()
+        kappa = (work / by_images.weight) * (by_pace.weight / by_images.weight)
+        return out | {n: (now + kappa * change).to(out[n].dtype) for n, now, change in changes(server, goal)}

@@ -1,6 +1,7 @@
 """(Ā, B̄) of pairs padded with zeros to the server's rank, weighted by ||B_k A_k||_F. HetLoRA, Cho et al. 2024."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fedlora_mini import state as S
 from fedlora_mini.errors import FedloraError
-from fedlora_mini.federation.aggregation.pairs import Pair, combine, layers, product_norm, unequal, widened
+from fedlora_mini.federation.aggregation.pairs import layers, product_norm, unequal, widened
 from fedlora_mini.federation.exchange import Update, is_model
 from fedlora_mini.state import State
 
@@ -18,17 +19,21 @@ def padded(server: State, updates: Iterable[Update]) -> State:
     """The mean of zero-padded pairs, weighted by the norm of their product.
 
     p_k proportional to ||B_k A_k||_F, layer by layer: the paper writes its weights for one matrix. The images count
-    where every product is zero, and for the tensors that are no pairs. Padding leaves each s B_k A_k as it is.
+    where every product is zero, and for the tensors that are no pairs. Padding leaves each s B_k A_k as it is. One pass
+    over the updates, in the memory of two states.
     """
-
-    def layer(path: str, own: list[Pair]) -> State:
-        r = len(server[f"{path}.A"])
-        wide = [widened(B, A, r) for _, B, A in own]
-        norms = [product_norm(B, A) for _, B, A in own]
-        weights = norms if any(norms) else [p for p, _, _ in own]
-        return S.mean([{f"{path}.A": A, f"{path}.B": B} for B, A in wide], weights)
-
-    return combine(updates, layer)
+    by_images, by_norm = S.WeightedMean(), defaultdict[str, S.WeightedMean](S.WeightedMean)
+    for update in updates:
+        wide = dict(update.state)
+        for path in layers(update.state):
+            b, a = f"{path}.B", f"{path}.A"
+            wide[b], wide[a] = widened(wide[b], wide[a], len(server[a]))
+            by_norm[path].add({b: wide[b], a: wide[a]}, product_norm(wide[b].double(), wide[a].double()))
+        by_images.add(wide, update.weight)
+    out = by_images.value()
+    for mean in by_norm.values():
+        out |= mean.value() if mean.weight else {}
+    return out
 
 
 def truncate(state: Mapping[str, Tensor], rank: int) -> State:

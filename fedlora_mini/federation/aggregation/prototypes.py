@@ -16,13 +16,14 @@ def prototypes(server: State, updates: Iterable[Update]) -> State:
     A client sends "~prototype" (C, c) and "~count" (C,); a row of count 0 is not read. A class that nobody has keeps
     the server's row and count; one that nobody ever had has count 0. What else travels is averaged by images.
     """
-    updates = list(updates)
-    rows = torch.stack([message(update, PROTOTYPE) for update in updates])  # (K, C, c)
-    counts = torch.stack([message(update, COUNT) for update in updates])  # (K, C)
-    weights, count = counts.double().unsqueeze(-1), counts.sum(0)  # (K, C, 1), (C,)
-    mean = torch.where(weights > 0, weights * rows, 0.0).sum(0) / weights.sum(0).clamp_min(1e-12)
-    has, old = count > 0, server.get(PROTOTYPE, torch.zeros_like(rows[0]))
-    out = S.weighted_mean((S.pick(u.state, lambda n: n not in (PROTOTYPE, COUNT)), u.weight) for u in updates)
-    out[PROTOTYPE] = torch.where(has.unsqueeze(-1), mean.to(rows.dtype), old)
-    out[COUNT] = torch.where(has, count, server.get(COUNT, torch.zeros_like(count)))
+    rest, sums, counts = S.WeightedMean(), torch.zeros(()), torch.zeros(())
+    for update in updates:
+        rows, count = message(update, PROTOTYPE), message(update, COUNT)  # (C, c), (C,)
+        n = count.double().unsqueeze(-1)
+        sums, counts = sums + torch.where(n > 0, n * rows, 0.0), counts + count
+        rest.add(S.pick(update.state, lambda name: name not in (PROTOTYPE, COUNT)), update.weight)
+    out, has = rest.value(), counts > 0
+    mean = (sums / counts.double().unsqueeze(-1).clamp_min(1e-12)).to(rows.dtype)
+    out[PROTOTYPE] = torch.where(has.unsqueeze(-1), mean, server.get(PROTOTYPE, torch.zeros_like(rows)))
+    out[COUNT] = torch.where(has, counts, server.get(COUNT, torch.zeros_like(counts)))
     return out

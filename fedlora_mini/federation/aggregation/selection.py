@@ -64,11 +64,9 @@ class Selection:
 
     def __call__(self, server: State, updates: Iterable[Update]) -> State:
         warmup = self.warmup or 2
-        told = list(updates)
-        weights = [update.weight for update in told]
-        out = S.mean([S.pick(update.state, is_model) for update in told], weights)
+        told = S.weighted_mean((update.state, update.weight) for update in updates)
+        out, scores = S.pick(told, is_model), S.pick(told, lambda name: name.startswith(SCORE))
         round = int(server[ROUND]) + 1 if ROUND in server else 1
-        scores = S.mean([S.pick(u.state, lambda name: name.startswith(SCORE)) for u in told], weights)
         rng, tau = generator(self.seed, round, "modes"), max(self.coldest, self.cooling ** (round + 1 - warmup))
         for name in sorted(scores):
             path, score = name.removeprefix(SCORE), float(scores[name])

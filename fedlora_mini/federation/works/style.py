@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fedlora_mini.accepted import ranges
 from fedlora_mini.data.spectral import low_frequencies
 from fedlora_mini.federation.exchange import BANK
 from fedlora_mini.federation.member import Member
@@ -22,6 +23,9 @@ class Style(Work):
 
     bank: bool = False
     ratio: float = 0.05
+
+    def __post_init__(self) -> None:
+        ranges(self, ratio="[0, 0.5]")
 
     @property
     def messages(self) -> tuple[str, ...]:  # type: ignore[override]
