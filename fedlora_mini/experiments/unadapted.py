@@ -23,7 +23,7 @@ from fedlora_mini.metrics.segmentation import score
 SETS: dict[str, tuple[dict[str, Any], range]] = {  # settings and seeds as in results/hospitals_*.jsonl
     "lgg": ({"data": "lgg", "size": 64}, range(6)),
     "polypgen": ({"data": "polypgen", "size": 64, "model": "efficientnet", "base": "imagenet"}, range(6)),
-    "polypgen_minisam": ({"data": "polypgen", "size": 64}, range(4)),
+    "polypgen_minisam": ({"data": "polypgen", "size": 64}, range(6)),
     "nuclei": ({"data": "nuclei", "size": 64, "data_options": {"per_site": 250, "val": 60}}, range(6)),
 }
 EVENT = "unadapted"  # of a line: no run, and `report.read_results` leaves it alone

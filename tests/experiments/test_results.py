@@ -38,12 +38,14 @@ def test_every_stored_run_says_what_made_it_and_arms_are_paired(path):
         assert {"config", "versions", "machine", "scores", "final_sha256", "seconds"} <= r.keys()
         assert r["config"].items() <= RunConfig(**r["config"]).asdict().items()  # settings that came later are at rest
         assert not r["refused"]
-    shapes = {table_of(results, name, "personal").shape for name in arms(results)}
-    assert len(shapes) == 1, "every method has the same seeds and sites"
-    keys = ("rounds", "steps", "rank", "data", "size")
-    matched = [{r["config"][key] for r in results} for key in keys[path.stem.endswith("bytes") :]]  # not the rounds
-    matched.append({r["config"]["batch"] // (len(r["sites"]) - unseen(r) if pooled(r) else 1) for r in results})
-    assert all(len(values) == 1 for values in matched), "a step of pooled data sees what all sites' steps see together"
+    for held in {r["config"].get("unseen") for r in results}:  # of sites held out in turn: each turn by itself
+        turn = [r for r in results if r["config"].get("unseen") == held]
+        shapes = {table_of(turn, name, "personal").shape for name in arms(turn)}
+        assert len(shapes) == 1, "every method has the same seeds and sites"
+        keys = ("rounds", "steps", "rank", "data", "size")
+        matched = [{r["config"][key] for r in turn} for key in keys[path.stem.endswith("bytes") :]]  # not the rounds
+        matched.append({r["config"]["batch"] // (len(r["sites"]) - unseen(r) if pooled(r) else 1) for r in turn})
+        assert all(len(values) == 1 for values in matched), "a step of pooled data sees what all sites see together"
 
 
 def pooled(r):

@@ -223,7 +223,7 @@ def test_a_row_takes_other_numbers():
 
 @pytest.mark.parametrize("name", slow_but(("fedas", "moon", "resfim", "resfim_lora")))
 def test_every_row_recognises_too_or_says_that_it_needs_masks(name):
-    config = {"data": "digits", "model": "vit", "rounds": 2, "steps": 1, "batch": 4, "dirichlet": 1.0, "clients": 3}
+    config = {"data": "digits", "model": "vit", "rounds": 2, "steps": 2, "batch": 4, "dirichlet": 1.0, "clients": 3}
     federation = Federation.build(RunConfig(name, threads=1, **config))
     if name == "feddg":
         with pytest.raises(FedloraError, match="it needs masks"):
