@@ -256,3 +256,11 @@ def test_a_module_that_writes_records_asks_for_the_file(module, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["anything"])
     with pytest.raises(SystemExit, match=rf"usage: python -m fedlora_mini\.experiments\.{module} FILE\.jsonl"):
         runpy.run_module(f"fedlora_mini.experiments.{module}", run_name="__main__", alter_sys=True)
+
+
+@pytest.mark.parametrize("words", ["hetlora flexlora --ranks 1,2", "iat_sor fedsa_sor --change lam=0.01"])
+def test_what_fits_every_arm_of_a_comparison_need_not_fit_fedit(words, tmp_path):
+    """Not even for the name of a folder that nobody gave."""
+    assert main(["compare", *words.split(), *TINY, "--seeds", "0"]) == 0
+    [file] = tmp_path.glob("runs/compare-phantom-*/results.jsonl")
+    assert len(file.read_text().splitlines()) == 2

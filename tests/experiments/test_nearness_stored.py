@@ -84,3 +84,9 @@ def test_a_stored_record_made_again_gives_the_same_numbers(stored):
         mine = new["layers"][path]
         assert mine["features"]["monge"]["strength"] == pytest.approx(layer["features"]["monge"]["strength"], rel=0.01)
         assert mine["dense"] == pytest.approx(layer["dense"], abs=0.02), path
+
+
+def test_a_file_that_was_cut_off_in_its_last_line_has_the_others(tmp_path):
+    whole = STORED.read_text(encoding="utf-8").splitlines(keepends=True)[:3]
+    (tmp_path / "cut.jsonl").write_text("".join(whole[:2]) + whole[2][:100], encoding="utf-8")
+    assert near.read(tmp_path / "cut.jsonl") == near.read(STORED)[:2]
