@@ -142,12 +142,10 @@ def load(
             raise unknown(f"option of data set '{label}'", key, {*kinds, "sites", "unseen"})
         options[key] = fitting(f"option '{key}' of data set '{label}'", options[key], kinds[key])
     caps = {key: options.pop(key) for key in CAPS if key not in own and key in options}
-    sites = counted(sites) if "n_sites" in own else sites
-    if isinstance(sites, int) and "n_sites" in own:  # simulated sites: a number makes so many
-        options, sites = {**options, "n_sites": sites}, None
-    unseen = counted(unseen) if "n_unseen" in own else unseen
-    if isinstance(unseen, int) and "n_unseen" in own:
-        options, unseen = {**options, "n_unseen": unseen}, None
+    if "n_sites" in own and isinstance(made := counted(sites), int):  # simulated sites: a number makes so many
+        options, sites = {**options, "n_sites": made}, None
+    if "n_unseen" in own and isinstance(made := counted(unseen), int):
+        options, unseen = {**options, "n_unseen": made}, None
     dataset = choose_sites(loader(size=size, seed=seed, **options), sites, unseen)
     for site in (*dataset.sites, *dataset.unseen):
         if not any(bool(((s.masks > 0) & (s.masks < 255)).any()) for s in (site.train, site.val, site.test)):
