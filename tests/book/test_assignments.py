@@ -34,6 +34,8 @@ MUTANTS = [
     ("set1", "t3-solution", "F.conv2d(x, kernels, None, conv.stride,", "F.conv2d(x, kernels, None, 1,", "t3-check"),
     ("set1", "t3-solution", "s * (B @ A)", "(B @ A)", "t3-check"),
     ("set1", "t4-solution", "rho * lam)", "lam)", "t4-check"),  # the threshold without the step size
+    ("set1", "t4-solution", "rho * lam)", "eta * lam)", "t4-check"),
+    ("set1", "t4-solution", "rho * lam)", "2 * rho * lam)", "t4-check"),
     ("set1", "t4-solution", "soft_threshold(v - rho * dv, rho * lam)", "v - rho * (dv + lam * v.sign())", "t4-check"),
     ("set1", "t4-solution", "gradient(delta(A, v, B)), A, v, B)[1]",
      "gradient(delta(A + eta * dA, v, B + eta * dB)), A + eta * dA, v, B + eta * dB)[1]", "t4-check"),  # the old A, B
@@ -42,6 +44,8 @@ MUTANTS = [
     ("set1", "t5-gauge-solution", "size = v * a * b", "size = v * a", "t5-gauge-check"),
     ("set1", "t5-gauge-solution", "(a == 0) | (b == 0)", "(a == 0) & (b == 0)", "t5-gauge-check"),  # nan
     ("set1", "t5-gauge-solution", "size = v * a * b", "size = v.abs() * a * b", "t5-gauge-check"),
+    ("set1", "t5-gauge-solution", "dead = (a == 0) | (b == 0)",
+     "return F.normalize(A, dim=1), size, F.normalize(B * v.sign(), dim=0)", "t5-gauge-check"),  # the sign moves to B
     ("set1", "t6-solution", "lam * min(1, 2 * t / steps)", "lam", "t6-check"),
     ("set1", "t6-solution", "unit_gauge(*arena_step(*parts, gradient, eta, rho, lam * min(1, 2 * t / steps)))",
      "arena_step(*parts, gradient, eta, rho, lam * min(1, 2 * t / steps))", "t6-check"),
@@ -49,8 +53,11 @@ MUTANTS = [
     ("set1", "t7-solution", "sigma.square().sum() / sigma[0].square()", "sigma.sum() / sigma[0]", "t7-check"),
     ("set1", "t7-solution", "sigma.cumsum(dim=0)", "sigma.square().cumsum(dim=0)", "t7-check"),
     ("set1", "t7-solution", "int(before) + 1", "int(before)", "t7-check"),
+    ("set1", "t7-solution", " * (1 - 1e-12)", "", "t7-check"),  # rounding asks for one more than there are
     ("set1", "t8-solution", "v != 0", "v > 0", "t8-check"),
     ("set1", "t8-solution", "v != 0", "v.abs() > 1e-3", "t8-check"),
+    ("set1", "t8-solution", "kept = v != 0", "kept = v.nonzero().squeeze()", "t8-check"),  # one loses its axis
+    ("set1", "t8-solution", "A.numel() + B.numel()", "int((v != 0).sum()) * (len(A[0]) + len(B))", "t8-check"),
     ("set1", "t8-solution", "A.numel() + B.numel()", "A.numel() + v.numel() + B.numel()", "t8-check"),
     ("set2", "t1-solution", "[count / sum(counts) for count in counts]", "[1 / len(counts)] * len(counts)", "t1-check"),
     ("set2", "t1-solution", "count / sum(counts)", "count / max(counts)", "t1-check"),
@@ -66,6 +73,8 @@ MUTANTS = [
     ("set2", "t3-solution", "len(moved) == 2", "'AB' in steps", "t3-check"),  # LA-LoRA alternates within a round
     ("set2", "t3-solution", '"private" if own', '"private" if len(shared) < 2', "t3-check"),  # FFA-LoRA sends B alone
     ("set2", "t3-solution", '"private" if own else ', "", "t3-check"),
+    ("set2", "t3-solution", "found, own = [], set()", "return ['private' if e is None else 'lossy' if e else 'exact'"
+     " for e in play(schedule, shared)]\n    found, own = [], set()", "t3-check"),  # by running it
     ("set2", "t4-solution", "rank / len(A) * B", "B", "t4-check"),
     ("set2", "t4-solution", "rank / len(A) * B", "len(A) / rank * B", "t4-check"),
     ("set2", "t4-solution", "share * R / len(A) * B", "share * B", "t4-check"),
@@ -89,6 +98,10 @@ MUTANTS = [
      "t7-check"),  # m x n
     ("set2", "t7-solution", "(up[:, None] * left[rows], right[:, columns] * along)", "(left[rows], right[:, columns])",
      "t7-check"),  # no signs
+    ("set2", "t7-solution", "up[:, None] * left[rows], right[:, columns] * along",
+     "torch.randn(left.shape, generator=g), torch.randn(right.shape, generator=g)", "t7-check"),  # another matrix
+    ("set2", "t8-solution", "return inner.square() / (left * right)",
+     "return (inner.square() / (left * right)).detach()", "t8-check"),
     ("set2", "t8-solution", "B0, A0, dA = B0.detach(), A0.detach(), dA.detach()", "pass", "t8-check"),
     ("set2", "t8-solution", "if min(left, right) < 1e-16", "if False", "t8-check"),  # nan
     ("set2", "t8-solution", "return 0.0 * B.sum()", "return torch.tensor(0.0)", "t8-check"),  # no gradient at all
@@ -140,7 +153,8 @@ SUBTLE = [
     ("set1", "t5-rescaled-solution", "A, v / c, c * B", "c * A, v / c, B", "t5-rescaled-check"),
     ("set1", "t5-gauge-solution", "(a == 0) | (b == 0)", "b == 0", "t5-gauge-check"),
     ("set1", "t6-solution", "(v != 0)", "(v.abs() > 1e-8)", "t6-check"),
-    ("set1", "t7-solution", "(1 - 1e-12)", "(1 + 1e-9)", "t7-check"),
+    ("set1", "t7-solution", "torch.linalg.svdvals(W)\n    return", "torch.linalg.eigvalsh(W).flip(0)\n    return",
+     "t7-check"),  # as if every matrix were symmetric
     ("set1", "t8-solution", "kept = v != 0", "kept = (v != 0) | (v == 0).all()", "t8-check"),
     ("set2", "t1-solution", "state[name].double()", "state[name]", "t1-check"),  # single precision
     ("set2", "t1-solution", ".to(first.dtype)", "", "t1-check"),
