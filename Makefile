@@ -112,10 +112,19 @@ evidence: $(READY) ## run again the first comparisons of results/ (half an hour 
 	cp runs/phantom_supervision/results.jsonl results/phantom_supervision.jsonl
 	cat runs/phantom_appearance/results.jsonl runs/pooled_phantom/results.jsonl > results/phantom_appearance.jsonl
 
-# The 2x2 of shifts: who should share what; then its cell "both" at equal bytes and from other bases.
+# The 2x2 of shifts: who should share what; then its cells at equal bytes and equal capacity, and from other bases.
 SHARING := local fedit fedsa inverse_fedsa iat_own_head anti_own_head iat iat_sor anti_iat encoder_local decoder_local dual
 CELL = $(LITE) --option n_unseen=3 --option appearance=$(1) --option supervision=$(2)
 BOTH := $(call CELL,1,1)
+# $(1) what was compared, $(2) its settings, $(3) arm:rounds, in which the arm sends what IAT sends in the comparison's
+EQUAL_BYTES = for pair in $(3); do $(BIN)/fedlora compare $$(echo $$pair | cut -d: -f1) $(2) \
+	  --rounds $$(echo $$pair | cut -d: -f2) --out runs/$(1)_$$pair || exit 1; done; \
+	  (grep -hE '"method": "iat(_own_head)?",' runs/$(1)/results.jsonl; \
+	  for pair in $(3); do cat runs/$(1)_$$pair/results.jsonl; done) > results/$(1)_bytes.jsonl
+# $(1) a cell of shifts, $(2) appearance, $(3) supervision: the cell at equal bytes, and at the trained numbers of two branches
+MATCHED = $(call EQUAL_BYTES,factorial_$(1),$(call CELL,$(2),$(3)),fedit:5 dual:5 decoder_local:8 fedsa:9 inverse_fedsa:13 \
+	  anti_own_head:16 encoder_local:18) && $(BIN)/fedlora compare local fedit $(call CELL,$(2),$(3)) --rank 8 \
+	  --out runs/factorial_$(1)_rank8 && cp runs/factorial_$(1)_rank8/results.jsonl results/factorial_$(1)_rank8.jsonl
 evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about four hours on one core)
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,0,0) --out runs/factorial_none
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,1,0) --out runs/factorial_appearance
@@ -127,17 +136,12 @@ evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about fou
 	$(BIN)/fedlora compare pooled $(BOTH) --batch 16 --out runs/pooled_both
 	for cell in none appearance supervision both; do cat runs/factorial_$$cell/results.jsonl \
 	  runs/pooled_$$cell/results.jsonl > results/factorial_$$cell.jsonl; done
-	$(BIN)/fedlora compare fedit dual $(subst --rounds 8,--rounds 5,$(BOTH)) --out runs/bytes_5
-	$(BIN)/fedlora compare iat iat_own_head decoder_local $(BOTH) --out runs/bytes_8
-	$(BIN)/fedlora compare fedsa $(subst --rounds 8,--rounds 9,$(BOTH)) --out runs/bytes_9
-	$(BIN)/fedlora compare inverse_fedsa $(subst --rounds 8,--rounds 13,$(BOTH)) --out runs/bytes_13
-	$(BIN)/fedlora compare anti_own_head $(subst --rounds 8,--rounds 16,$(BOTH)) --out runs/bytes_16
-	$(BIN)/fedlora compare encoder_local $(subst --rounds 8,--rounds 18,$(BOTH)) --out runs/bytes_18
-	cd runs && cat bytes_5/results.jsonl bytes_8/results.jsonl bytes_9/results.jsonl bytes_13/results.jsonl \
-	  bytes_16/results.jsonl bytes_18/results.jsonl > ../results/factorial_bytes.jsonl
-	$(BIN)/fedlora compare local fedit $(BOTH) --rank 8 --out runs/rank8 && cp runs/rank8/results.jsonl results/factorial_rank8.jsonl
-	$(BIN)/fedlora compare local $(BOTH) --rank 8 --search-lr 1e-2 --out runs/rank8_rate
-	cp runs/rank8_rate/results.jsonl results/factorial_rank8_rate.jsonl
+	$(call MATCHED,none,0,0)
+	$(call MATCHED,appearance,1,0)
+	$(call MATCHED,supervision,0,1)
+	$(call MATCHED,both,1,1)
+	$(BIN)/fedlora compare local $(BOTH) --rank 8 --search-lr 1e-2 --out runs/factorial_both_rank8_rate
+	cp runs/factorial_both_rank8_rate/results.jsonl results/factorial_both_rank8_rate.jsonl
 	for seed in 1 2; do $(BIN)/fedlora pretrain --seed $$seed --out runs/base$$seed.safetensors; \
 	  $(BIN)/fedlora compare $(BASES) $(BOTH) \
 	    --base runs/base$$seed.safetensors --out runs/base_$$seed; done
@@ -186,11 +190,6 @@ REAL := --threads 1 --search-lr 3e-3,1e-2 --eval-every 0
 GLIOMAS := --data lgg --size 64 --steps 8 --batch 4 --seeds 0-5 $(REAL)
 POLYPS := --data polypgen --model efficientnet --base imagenet --size 64 --steps 12 --batch 4 --seeds 0-5 $(REAL)
 NUCLEI := --data nuclei --seeds 0-5 --option per_site=250 --option val=60 $(REAL)
-# $(1) a set, $(2) its settings, $(3) arm:rounds, for which the arm sends what IAT sends in eight, at the nuclei in ten
-EQUAL_BYTES = for pair in $(3); do $(BIN)/fedlora compare $$(echo $$pair | cut -d: -f1) $(2) \
-	  --rounds $$(echo $$pair | cut -d: -f2) --out runs/$(1)_$$pair || exit 1; done; \
-	  (grep -hE '"method": "iat(_own_head)?",' runs/hospitals_$(1)/results.jsonl; \
-	  for pair in $(3); do cat runs/$(1)_$$pair/results.jsonl; done) > results/hospitals_$(1)_bytes.jsonl
 # $(1) a set, $(2) its settings, $(3) who is held out:who trains in its absence:who never trains
 HELD_OUT = for split in $(3); do set -- $$(echo $$split | tr : ' '); $(BIN)/fedlora compare $(BASES) $(2) --rounds 8 \
 	  --sites $$2 --unseen $$1,$$3 --whole-unseen --out runs/$(1)_without_$$1 || exit 1; done
@@ -199,13 +198,13 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites (about f
 	$(BIN)/fedlora compare $(ALL) $(GLIOMAS) --rounds 8 --out runs/hospitals_lgg
 	$(BIN)/fedlora compare pooled $(GLIOMAS) --rounds 8 --batch 16 --out runs/pooled_lgg
 	$(BIN)/fedlora compare local fedit $(GLIOMAS) --rounds 8 --rank 8 --out runs/hospitals_lgg_rank8
-	$(call EQUAL_BYTES,lgg,$(GLIOMAS),fedit:5 dual:5 decoder_local:7 fedsa:9 inverse_fedsa:13 anti_own_head:16 encoder_local:18)
+	$(call EQUAL_BYTES,hospitals_lgg,$(GLIOMAS),fedit:5 dual:5 decoder_local:7 fedsa:9 inverse_fedsa:13 anti_own_head:16 encoder_local:18)
 	$(BIN)/fedlora compare $(SOR_SITES) $(GLIOMAS) --rounds 8 --out runs/sor_rest_lgg
 	$(BIN)/fedlora data fetch polypgen
 	$(BIN)/fedlora compare $(ALL) $(POLYPS) --rounds 8 --out runs/hospitals_polypgen
 	$(BIN)/fedlora compare pooled $(POLYPS) --rounds 8 --batch 20 --out runs/pooled_polypgen
 	$(BIN)/fedlora compare local fedit $(POLYPS) --rounds 8 --rank 8 --out runs/hospitals_polypgen_rank8
-	$(call EQUAL_BYTES,polypgen,$(POLYPS),fedit:5 dual:5 decoder_local:6 inverse_fedsa:10 fedsa:13 anti_own_head:17 encoder_local:44)
+	$(call EQUAL_BYTES,hospitals_polypgen,$(POLYPS),fedit:5 dual:5 decoder_local:6 inverse_fedsa:10 fedsa:13 anti_own_head:17 encoder_local:44)
 	$(BIN)/fedlora compare $(SOR_SITES) $(POLYPS) --rounds 8 --out runs/sor_rest_polypgen
 	$(BIN)/fedlora compare $(BASES) --rounds 8 --model minisam --base auto \
 	  $(subst --model efficientnet --base imagenet,,$(POLYPS)) --out runs/hospitals_polypgen_minisam
@@ -219,7 +218,7 @@ evidence-hospitals: $(READY) ## run again the assignments at real sites (about f
 	$(BIN)/fedlora compare pooled $(NUCLEI) --batch 32 --out runs/pooled_nuclei
 	$(BIN)/fedlora compare local fedit $(NUCLEI) --rank 8 --out runs/hospitals_nuclei_rank8
 	$(BIN)/fedlora compare $(SOR_SITES) $(NUCLEI) --out runs/sor_rest_nuclei
-	$(call EQUAL_BYTES,nuclei,$(NUCLEI),fedit:7 dual:7 decoder_local:9 fedsa:11 inverse_fedsa:16 anti_own_head:19 encoder_local:22)
+	$(call EQUAL_BYTES,hospitals_nuclei,$(NUCLEI),fedit:7 dual:7 decoder_local:9 fedsa:11 inverse_fedsa:16 anti_own_head:19 encoder_local:22)
 	for name in hospitals_lgg_rank8 hospitals_polypgen_rank8 hospitals_polypgen_minisam hospitals_polypgen_long hospitals_nuclei_rank8 \
 	  sor_rest_lgg sor_rest_polypgen sor_rest_nuclei; do cp runs/$$name/results.jsonl results/$$name.jsonl; done
 	for name in lgg polypgen nuclei; do cat runs/hospitals_$$name/results.jsonl runs/pooled_$$name/results.jsonl \
