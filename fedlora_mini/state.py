@@ -17,7 +17,9 @@ def pick(state: Mapping[str, Tensor], keep: Callable[[str], bool]) -> State:
 
 
 def same_names(states: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    """The names, after checking that every state has exactly the same ones."""
+    """The names, after checking that every state has exactly the same ones. Raises where there is no state."""
+    if not states:
+        raise FedloraError("states are combined by their names: at least one is needed, got none")
     names = list(states[0])
     for other in states[1:]:
         if other.keys() != states[0].keys():

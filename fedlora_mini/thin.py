@@ -7,7 +7,7 @@ from torch import Tensor
 def inner(B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Tensor:
     """⟨B1 A1, B2 A2⟩_F = tr((B2ᵀ B1)(A1 A2ᵀ)). O((m + n) r²).
 
-    B1: (…, m, r1), A1: (…, r1, n), B2: (…, m, r2), A2: (…, r2, n); leading axes broadcast. methods.md card 1.3.
+    B1: (…, m, r1), A1: (…, r1, n), B2: (…, m, r2), A2: (…, r2, n); leading axes broadcast. Chapter 7.
     """
     return ((B2.mT @ B1) * (A2 @ A1.mT)).sum((-2, -1))  # of two (…, r2, r1)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedlora_mini.accepted import fitting, ranges
@@ -23,10 +24,15 @@ from fedlora_mini.errors import FedloraError
         ("^a", str | Mapping[str, str] | None, "^a"),
         ({"a": "b"}, str | Mapping[str, str] | None, {"a": "b"}),
         ([1, 2], float | Sequence[Any], [1, 2]),
+        ([1, 2], list[int], [1, 2]),
+        ("a text", Any, "a text"),
+        *((number(3), int, 3) for number in (np.int64, np.uint8)),
+        *((number(0.5), float, 0.5) for number in (np.float64, np.float32)),
+        (np.bool_(False), bool, False),
     ],
 )
 def test_a_value_is_read_as_it_is_meant(value, kind, read):
-    assert fitting("x", value, kind) == read
+    assert fitting("x", value, kind) == read and type(fitting("x", value, kind)) is type(read)
 
 
 @pytest.mark.parametrize(
@@ -76,3 +82,14 @@ def test_numbers_in_their_interval_pass(changes):
 def test_numbers_outside_are_named_with_their_interval(changes, words):
     with pytest.raises(FedloraError, match=words):
         replace(Part(), **changes)
+
+
+def test_annotations_may_stand_as_text():
+    """As in a file with `from __future__ import annotations`."""
+    code = "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+    code += "@dataclass(frozen=True)\nclass Late:\n    lam: float = 0.5\n    steps: int | None = None\n"
+    exec(compile(code, "late.py", "exec"), made := {"__name__": __name__})
+    assert type(made["Late"].__dataclass_fields__["lam"].type) is str
+    ranges(made["Late"](), lam="[0, 1)", steps="[1, inf)")
+    with pytest.raises(FedloraError, match=r"steps is a whole number or none, got 1\.5"):
+        ranges(made["Late"](steps=1.5), steps="[1, inf)")

@@ -1,11 +1,15 @@
 """The command line as a stranger meets it."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from fedlora_mini.cli import main
+from fedlora_mini.data import DATASETS
+from fedlora_mini.federation import METHODS
+from fedlora_mini.models import MODELS
 
 TINY = [
     "--sites",
@@ -175,6 +179,50 @@ def test_help_is_there(command, capsys):
     assert "usage: fedlora" in out
     if command and command[0] in ("run", "compare", "report", "data"):
         assert "example" in out
+
+
+OWN = """
+from dataclasses import replace
+
+from torch import nn
+
+from fedlora_mini.data import DATASETS, load
+from fedlora_mini.data.registry import Entry
+from fedlora_mini.federation import METHODS
+from fedlora_mini.models import zoo
+
+METHODS["mine"] = replace(METHODS["iat"], title="my own row")
+DATASETS["rooms"] = Entry("own_parts", "simulated sites under another name", "simulated", "MIT")
+zoo.MODELS["thin"] = zoo.Entry(
+    lambda classes, channels: nn.Sequential(nn.Conv2d(channels, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, classes, 1)),
+    (("^0", "encoder"), ("^1", "decoder"), ("^2", "head")), 2, 1, 16, "three convolutions",
+)
+
+
+def load_rooms(*, size=64, seed=0, doors: int = 2):
+    return replace(load("phantom", size=size, seed=seed, sites=doors, per_site=6, val=2, test=3), name="rooms")
+"""
+
+
+def test_a_file_of_one_s_own_adds_a_row_a_data_set_and_a_network(tmp_path, monkeypatch, capsys):
+    """README's account: by name in every command that is given the file, and in none that is not."""
+    for table in (METHODS, DATASETS, MODELS):
+        for name in ("mine", "rooms", "thin"):
+            monkeypatch.setitem(table, name, None)  # so that each is as before afterwards
+            monkeypatch.delitem(table, name)
+    monkeypatch.setitem(sys.modules, "own_parts", None)
+    monkeypatch.delitem(sys.modules, "own_parts")
+    file = tmp_path / "own_parts.py"
+    file.write_text(OWN, encoding="utf-8")
+    words = ["run", "mine", "--data", "rooms", "--option", "doors=3", "--model", "thin", "--base", "none", *TINY[2:14]]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 2
+    assert "unknown method 'mine'" in capsys.readouterr().err
+    assert main(["--import", str(file), *words, "--out", str(tmp_path / "run")]) == 0
+    record = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert len(record["sites"]) >= 3 and "my own row" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path)]) == 0
+    assert main(["--import", str(file), "methods"]) == 2
+    assert "there is a module 'own_parts' already" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ REFUSED = [
     ("compare fedit --clip 2", "--clip needs --epsilon or --sigma"),
     ("run fedit --clip 0", "--clip needs --epsilon or --sigma"),
     ("run fedit --delta 0", "--delta needs --epsilon or --sigma"),
+    ("--import nothing.py run fedit", "--import 'nothing.py' is no Python file"),
     # numbers
     ("run fedit --sigma inf", "sigma must be finite"),
     ("run fedit --dirichlet nan", "dirichlet must be positive and finite"),

@@ -86,6 +86,12 @@ def test_mean_refuses(states, weights):
         S.mean(states, weights)
 
 
+def test_no_state_at_all_is_one_clear_error():
+    for act in (lambda: S.same_names([]), lambda: S.stack([])):
+        with pytest.raises(FedloraError, match="at least one is needed, got none"):
+            act()
+
+
 def test_names_must_agree():
     other = some() | {"c.A": torch.zeros(1)}
     for act in (

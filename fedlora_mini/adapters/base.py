@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from fedlora_mini.adapters.ops import LAYERS, matrix_shape
 from fedlora_mini.chance import seeded
-from fedlora_mini.errors import FedloraError
+from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.state import State
 
 REGIONS = ("encoder", "decoder", "head")
@@ -104,6 +104,10 @@ class Adapter(nn.Module):
         """The base's own tensor, also while merged."""
         return self._kept.get(name, getattr(self.base, name))
 
+    def unmerged(self) -> State:
+        """Its `state_dict`, with the base's own tensors also while merged."""
+        return dict(self.state_dict()) | {f"base.{name}": value for name, value in self._kept.items()}
+
 
 Make = Callable[[nn.Module, torch.Generator], Adapter]
 Where = Callable[[str, nn.Module], bool]
@@ -183,6 +187,13 @@ def unmerge(model: nn.Module) -> nn.Module:
     return model
 
 
+def check_unmerged(model: nn.Module) -> None:
+    """Raise if an adapter is merged: the layer then ignores its factors, and whoever sets them changes nothing."""
+    for path, adapter in adapters(model):
+        if adapter.merged:
+            raise FedloraError(f"the adapter at '{path}' is merged: its factors do nothing; call unmerge(model)")
+
+
 def unload(model: nn.Module) -> nn.Module:
     """Merge and take the wrappers away: a plain model again, at the plain model's speed. In place, for good.
 
@@ -198,9 +209,11 @@ def unload(model: nn.Module) -> nn.Module:
 def region(model: nn.Module, path: str) -> str:
     """The region of a path: the first row of `model.regions` whose pattern matches its start, else its first part.
 
-    `model.regions` is a sequence of (regular expression, region).
+    `model.regions` is a sequence of (regular expression, region). Raises for a region that is none of REGIONS.
     """
     for pattern, name in getattr(model, "regions", ()):
+        if name not in REGIONS:
+            raise unknown("region", name, REGIONS)
         if re.match(pattern, path):
             return name
     first = path.partition(".")[0]
@@ -260,14 +273,23 @@ def freeze(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def load_state(model: nn.Module, state: State) -> None:
-    """Copy a state into the model's own tensors. Raises for a name or a shape that the model does not have."""
+    """Copy a state into the model's own tensors.
+
+    `model.replaced` notes the frozen ones among them, such as weights that a server has folded products into: they are
+    no longer the base's, and `save` writes them. Raises for a name or a shape that the model does not have, and where
+    an adapter is merged.
+    """
+    check_unmerged(model)
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, value in state.items():
         if name not in own:
             raise FedloraError(f"{type(model).__name__} has no tensor '{name}'")
         if own[name].shape != value.shape:
             raise FedloraError(f"'{name}' has shape {tuple(own[name].shape)}, not {tuple(value.shape)}")
+    for name, value in state.items():
         own[name].copy_(value)
+    frozen = {name for name in state if not own[name].requires_grad}
+    model.replaced = getattr(model, "replaced", set()) | frozen  # type: ignore[assignment]
 
 
 def call(model: nn.Module, state: State, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ STARTS: dict[str, Start] = {"lora": from_lora, "gate": from_gate, "small": from_
 class Diagonal(LowRank):
     """ΔW = s B diag(v) A; A: (r, n), v: (r,), B: (m, r); r + r (m + n) numbers; rank = ||v||_0.
 
-    ARENA (Baklouti et al. 2025, methods.md card 4) trains v by proximal steps of the l1 norm, SoRA (Ding et al. 2023)
+    ARENA (Baklouti et al. 2025, chapter 5) trains v by proximal steps of the l1 norm, SoRA (Ding et al. 2023)
     by Adam with a threshold, AdaLoRA (Zhang et al. 2023) under a budget; what they do to v stands in `regularizers`.
     start: a row of STARTS. alpha=None: s = 1.
     """

@@ -32,7 +32,7 @@ def per_sample_gradients(
     `loss(logits, y)` returns (N,). Every sample sees its own view of the one state (G = N), so what `backward` would
     leave summed stays apart. A row is an image, also inside Swin's windows. moves: the names whose gradient is wanted,
     else all. owner: the state holds K clients', (K, …) each, and image i sees that of client owner[i]. Raises where
-    rows would not be per sample: tensors without a group axis, merged adapters, batch statistics. methods.md card 1.1;
+    rows would not be per sample: tensors without a group axis, merged adapters, batch statistics. Chapter 15;
     the relatives are PyTorch's and Opacus' expanded weights.
     """
     wanted = [name for name in state if moves is None or name in moves]

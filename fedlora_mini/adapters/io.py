@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedlora_mini import __version__
+from fedlora_mini import state as S
 from fedlora_mini.adapters import peft_format
-from fedlora_mini.adapters.base import Adapter, adapters, freeze, load_state, place, trainable
+from fedlora_mini.adapters.base import Adapter, adapters, check_unmerged, freeze, load_state, place, trainable
 from fedlora_mini.errors import FedloraError, unknown
-from fedlora_mini.state import State, clone, digest
+from fedlora_mini.state import State
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FORMATS = ("fedlora", "peft")
@@ -27,29 +28,37 @@ Plan = dict[str, dict[str, Any]]  # path -> {"class": "LoRA", "config": {"rank":
 
 
 def save(model: nn.Module, folder: str | Path, format: str = "fedlora") -> Path:
-    """Write what `model` trains into `folder`; the frozen base is not written. Returns the folder.
+    """Write what `model` trains into `folder`, and the frozen tensors that `load_state` replaced. Returns the folder.
 
-    `format="peft"` writes what `peft.PeftModel.from_pretrained` reads: LoRA on Linear and Conv2d, `Dense` as a module
-    to save. A file appears under its name only when it is complete.
+    Of the rest, the base, `base_digest` is written. `format="peft"` writes what `peft.PeftModel.from_pretrained` reads,
+    without a digest: LoRA on Linear and plain Conv2d, `Dense` as a module to save, on the base as it was. A file
+    appears under its name only when it is complete.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
     state = trained(model)
     if not state:
         raise FedloraError(f"{type(model).__name__} trains nothing: there is nothing to save")
+    swapped = replaced(model, state)
+    if format == "peft" and swapped:
+        told = f"load_state has replaced '{next(iter(swapped))}' of the frozen base, which the peft format cannot hold"
+        raise FedloraError(f"{told}: save(model, folder) in the own format can")
     if format == "peft":
         config, state = peft_format.encode(model, state)
     else:
+        state |= swapped
         config = {
             "format": "fedlora_mini",
             "version": __version__,
             "recipe": getattr(model, "recipe", None),
             "adapters": plan(model),
-            "digest": digest(state),  # says whether the two files belong together
+            "replaced": sorted(swapped),  # frozen tensors among those of the other file
+            "base": base_digest(model, dict(adapters(model)), state),
+            "digest": S.digest(state),  # says whether the two files belong together
         }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.cpu().contiguous() for name, value in clone(state).items()}
+    tensors = {name: value.cpu().contiguous() for name, value in S.clone(state).items()}
     save_file(tensors, folder / f"{TENSORS}.tmp", metadata={"format": "pt"})
     (folder / f"{CONFIG}.tmp").write_text(json.dumps(config, indent=2) + "\n")
     for name in (TENSORS, CONFIG):
@@ -60,17 +69,18 @@ def save(model: nn.Module, folder: str | Path, format: str = "fedlora") -> Path:
 def load(model: nn.Module, folder: str | Path) -> nn.Module:
     """Read a folder of `save`, or of peft's `save_pretrained`, into `model`, in place.
 
-    A plain model is frozen and gets the adapters; an adapted one must have exactly the same. Every name and shape is
-    checked before a value is copied.
+    A plain model is frozen and gets the adapters; an adapted one must have exactly the same. Names, shapes and, where
+    the folder has its digest, the base are checked before a value is copied.
     """
     folder = Path(folder)
     config, state = _read(folder)
-    recipe = None
+    recipe, swapped, base = None, [], None
     if config.get("peft_type"):
         wanted, state = peft_format.decode(model, config, state)
     elif config.get("format") == "fedlora_mini":
         wanted, recipe = config["adapters"], config["recipe"]
-        if digest(state) != config["digest"]:
+        swapped, base = config.get("replaced", []), config.get("base")  # folders of old have neither
+        if S.digest(state) != config["digest"]:
             raise FedloraError(f"{TENSORS} in '{folder}' is damaged or belongs to another {CONFIG}")
     else:
         raise FedloraError(f"'{folder / CONFIG}' is neither of fedlora_mini nor of peft")
@@ -79,12 +89,14 @@ def load(model: nn.Module, folder: str | Path) -> nn.Module:
     if here and here != wanted:
         path = next(p for p in (*here, *wanted) if here.get(p) != wanted.get(p))
         raise FedloraError(f"the model has {here.get(path)} at '{path}', '{folder}' has {wanted.get(path)}")
-    if any(adapter.merged for _, adapter in adapters(model)):
-        raise FedloraError("the model's adapters are merged: call unmerge(model) before loading")
+    check_unmerged(model)
     built = dict(adapters(model)) or {path: _build(model, path, entry) for path, entry in wanted.items()}
     _check(model, built, state)
+    if base is not None and base_digest(model, built, state) != base:
+        told = f"frozen tensors of this {type(model).__name__} differ from those that it was saved with"
+        raise FedloraError(f"'{folder}' belongs to another base: {told}, by their weights, seed or number type")
     if not here:
-        _install(model, built, state)
+        _install(model, built, S.pick(state, lambda name: name not in swapped))
     load_state(model, state)
     if recipe is not None:
         model.recipe = recipe
@@ -105,7 +117,31 @@ def trained(model: nn.Module) -> State:
     for path, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and any(p.requires_grad for p in module.parameters()):
             state |= {f"{path}.{name}": b for name, b in module.named_buffers() if b.is_floating_point()}
-    return clone(state)
+    return S.clone(state)
+
+
+def replaced(model: nn.Module, state: Mapping[str, Tensor]) -> State:
+    """The tensors that `load_state` put into the frozen base: what it wrote, less what `state` has by now."""
+    noted: set[str] = getattr(model, "replaced", set())
+    held = _tensors(model, dict(adapters(model)))
+    return S.pick(held, lambda name: name in noted and name not in state)
+
+
+def base_digest(model: nn.Module, built: Mapping[str, Adapter], state: Mapping[str, Tensor]) -> str:
+    """`state.digest` of the base: every floating tensor of the model with the adapters `built` that `state` has not.
+
+    So frozen weights and the statistics that frozen norms use, on whatever device, in the number type that they have;
+    no integers, such as a batch norm's counter, which changes no output.
+    """
+    held = _tensors(model, built)
+    return S.digest({name: v for name, v in held.items() if name not in state and v.is_floating_point()})
+
+
+def _tensors(model: nn.Module, built: Mapping[str, Adapter]) -> State:
+    """The model's tensors by name as they are once `built` stand in it, of merged layers the base's own."""
+    inside = tuple(f"{path}." for path in built)
+    outside = {name: value for name, value in model.state_dict().items() if not name.startswith(inside)}
+    return outside | {f"{path}.{name}": value for path, a in built.items() for name, value in a.unmerged().items()}
 
 
 def _factors(adapter: Adapter) -> State:
@@ -142,8 +178,7 @@ def _build(model: nn.Module, path: str, entry: Mapping[str, Any]) -> Adapter:
 
 def _check(model: nn.Module, built: Mapping[str, Adapter], state: Mapping[str, Tensor]) -> None:
     """Every factor is there, every name is known, every shape fits."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    own |= {f"{path}.{name}": value for path, a in built.items() for name, value in a.state_dict().items()}
+    own = _tensors(model, built)
     factors = {f"{path}.{name}" for path, a in built.items() for name in _factors(a)}
     wrong = [f"no '{name}' in the file" for name in sorted(factors - state.keys())]
     wrong += [f"'{name}' is not in the model" for name in state if name not in own]
@@ -158,7 +193,7 @@ def _check(model: nn.Module, built: Mapping[str, Adapter], state: Mapping[str, T
 
 
 def _install(model: nn.Module, built: Mapping[str, Adapter], state: Mapping[str, Tensor]) -> None:
-    """Freeze the model, put the adapters in, let train what else the state holds: as `prepare` does."""
+    """Freeze the model, put the adapters in, let train what else `state` holds: as `prepare` does."""
     freeze(model)
     for path, adapter in built.items():
         place(model, path, adapter)

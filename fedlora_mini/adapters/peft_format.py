@@ -29,6 +29,11 @@ UNSUPPORTED = (
     *("velora_config", "megatron_config"),
 )
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+# What the error says where a network has layers that the format cannot hold.
+INSTEAD = (
+    "on a plain model, adapt such layers alone: "
+    "inject(freeze(model), lambda layer, rng: LoRA(layer, 4, generator=rng), among=(nn.Linear,))"
+)
 
 
 def encode(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], State]:
@@ -42,7 +47,8 @@ def encode(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Any
         raise FedloraError(f"the peft format holds LoRA and Dense only, not {', '.join(rest[:3]) or 'a model without'}")
     tensors: State = {}
     for path, a in lora.items():
-        _check_layer(path, a.base)
+        if told := _misfit(path, a.base):
+            raise FedloraError(f"{told}; {INSTEAD}")
         kernel = tuple(a.base.weight.shape[1:])  # (n,) or (c_in, kh, kw)
         tensors[f"{PREFIX}{path}.lora_A.weight"] = state[f"{path}.A"].reshape(a.rank, *kernel)
         tensors[f"{PREFIX}{path}.lora_B.weight"] = state[f"{path}.B"].reshape(-1, a.rank, *(1,) * (len(kernel) - 1))
@@ -98,7 +104,8 @@ def decode(
         path, _, branch = path.rpartition(".lora_") if path.endswith((".lora_A", ".lora_B")) else (path, "", "")
         layer = _layer(model, path)
         if branch:
-            _check_layer(path, layer)
+            if told := _misfit(path, layer):
+                raise FedloraError(told)
             state[f"{path}.{branch}"] = value.flatten(1)  # (r, n) or (m, r)
             if branch == "A":
                 alpha = float(_for_path(config.get("alpha_pattern") or {}, path, config["lora_alpha"]))
@@ -128,14 +135,15 @@ def _own(layer: Any, factor: str) -> Tensor | None:
     return None if value is None else value.detach()
 
 
-def _check_layer(path: str, layer: Any) -> None:
-    """peft rebuilds the thin convolution from stride and padding alone: refuse layers where that is another map."""
+def _misfit(path: str, layer: Any) -> str:
+    """Why the layer has no place in the format: peft rebuilds the thin convolution from stride and padding alone."""
     if isinstance(layer, nn.Linear):
-        return
+        return ""
     if not isinstance(layer, nn.Conv2d):
-        raise FedloraError(f"'{path}' is a {type(layer).__name__}; the peft format here holds Linear and Conv2d")
+        return f"'{path}' is a {type(layer).__name__}; the peft format here holds Linear and plain Conv2d"
     if layer.groups != 1 or tuple(layer.dilation) != (1, 1) or layer.padding_mode != "zeros":
-        raise FedloraError(f"'{path}' has groups, dilation or a padding mode that peft's LoRA does not keep")
+        return f"'{path}' has groups, dilation or a padding mode that peft's LoRA does not keep"
+    return ""
 
 
 def _for_path(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -1,7 +1,7 @@
 """min over |S| <= b of -g_R·v_R + ½ v_Rᵀ H v_R, R the directions outside S: which ones to keep once training is over.
 
 The second-order Taylor change of the loss when v_R becomes 0, all layers' v in one vector of length d, g and H its
-gradient and Hessian. SubLoRA, Gao and Tan 2025; methods.md section 8.1. Our own derivation of the projection.
+gradient and Hessian. SubLoRA, Gao and Tan 2025; chapter 6. Our own derivation of the projection.
 """
 
 from collections.abc import Callable, Iterable

@@ -6,6 +6,8 @@ What a command runs is imported when it runs.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 from fedlora_mini.cli import audit, fewshot, lists, pretrain, private, reports, runs
 from fedlora_mini.errors import FedloraError
@@ -19,6 +21,8 @@ def parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     what = "Federated low-rank adaptation for medical segmentation."
     top = argparse.ArgumentParser("fedlora", description=what, allow_abbrev=False)
+    own = "a Python file that adds rows, data sets or networks of your own; may be given again"
+    top.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE", help=own)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(
@@ -35,6 +39,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def import_file(path: Path) -> None:
+    """Run a file as the module of its name, which is what an `Entry` of it may call itself."""
+    name = path.stem
+    if not (path.suffix == ".py" and path.is_file()):
+        raise FedloraError(f"--import '{path}' is no Python file")
+    if name in sys.modules:
+        raise FedloraError(f"--import '{path}': there is a module '{name}' already; give the file another name")
+    spec = spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 0; 1 if `data check` found problems; 2 for bad input, told in one line; 130 when interrupted.
 
@@ -42,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
+        for file in args.imports:
+            import_file(Path(file))
         return args.act(args) or 0
     except FedloraError as error:
         print(f"fedlora: {error}", file=sys.stderr)

@@ -44,15 +44,20 @@ An interrupted comparison goes on where it stopped when the same command is give
 def run_command(args: argparse.Namespace) -> None:
     """One method, one seed."""
     from fedlora_mini.experiments.config import RunConfig
-    from fedlora_mini.experiments.report import markdown, summary
-    from fedlora_mini.experiments.run import run
+    from fedlora_mini.experiments.report import leakage_table, markdown, refusals, summary
+    from fedlora_mini.experiments.run import is_finished, run
 
     config = RunConfig(method=args.method, seed=args.seed, **settings(args))
     folder = folder_of(args.out or f"runs/{config.method}-{Path(config.data).stem}-seed{config.seed}-{config.key()}")
+    stored = is_finished(folder)
     result = run(config, folder, progress(f"{config.method} seed {config.seed}", config.rounds))
     print(markdown(summary([result])))
+    if len(leakage := leakage_table([result])):
+        print(f"\n{markdown(leakage)}")
+    for line in refusals([result]):
+        print(f"refused: {line}")
     print_stopped([result])
-    print(f"\nrun folder: {folder}")
+    print(f"\nrun folder: {folder}{' (its result was there)' if stored else ''}")
 
 
 def network_command(args: argparse.Namespace) -> int:

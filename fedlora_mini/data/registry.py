@@ -217,5 +217,5 @@ def _loader(name: str | os.PathLike[str]) -> tuple[Callable[..., Dataset], str]:
 
 
 def _options(loader: Callable[..., Dataset]) -> dict[str, inspect.Parameter]:
-    parameters = inspect.signature(loader).parameters.values()
+    parameters = inspect.signature(loader, eval_str=True).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("size", "seed")}

@@ -44,8 +44,7 @@ def without_noise(g: Tensor, mechanism: DPSGD, expected: float, source: Source) 
 def batch_mean(g: Tensor, mechanism: DPSGD, expected: float, source: Source) -> Tensor:
     """clip(mean_i g_i) + (sigma C / expected) N(0, I): noise for clipped records, clipping for nobody.
 
-    One record can turn the mean anywhere in the ball: the sensitivity is 2 C, not C / expected. methods.md section 0,
-    finding 5.
+    One record can turn the mean anywhere in the ball: the sensitivity is 2 C, not C / expected (chapter 14).
     """
     mean = g.sum(1) / expected  # (G, D)
     clipped = mean * (mechanism.C / mean.norm(dim=1, keepdim=True)).clamp(max=1.0)

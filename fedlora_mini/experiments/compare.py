@@ -13,7 +13,7 @@ from fedlora_mini.experiments.arms import arm_of, parse_arm
 from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import METRICS, Federation, dataset_of
 from fedlora_mini.experiments.lines import add_lines, read_lines
-from fedlora_mini.experiments.run import run
+from fedlora_mini.experiments.run import is_finished, run
 
 SEARCH_SEED = 1000  # no reported seed: another start, other batches, and where images are simulated other images
 MOST_SEEDS = 10_000
@@ -77,6 +77,9 @@ class Comparison:
     searched: list[dict[str, Any]] = field(default_factory=list)  # the search's runs, once it is over
     _data: tuple[int, Dataset] | None = None
 
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)  # its name will do
+
     def run(self) -> list[dict[str, Any]]:
         """All results, methods within seeds; also written to `results.jsonl`, beside the other runs that it holds.
 
@@ -102,6 +105,9 @@ class Comparison:
 
     def check(self) -> tuple[list[RunConfig], Sequence[int]]:
         """The arms, and the seeds on which their rates are searched; raises for an arm that cannot run."""
+        for what, given in {"methods": self.methods, "seeds": self.seeds}.items():
+            if not given:
+                raise FedloraError(f"nothing to compare: {what} is empty")
         common = self.settings.get("change", {})
         parsed = [parse_arm(text) for text in self.methods]
         arms = [RunConfig(**self.settings | {"method": name, "change": common | own}) for name, own in parsed]
@@ -131,6 +137,9 @@ class Comparison:
         if max(tried.values()) == -math.inf:
             every = ", ".join(f"{rate:g}" for rate in sorted(tried))
             raise FedloraError(f"'{config.method}' diverges at every rate that was tried: {every}")
+        if any(map(math.isnan, tried.values())):
+            why = "a site's validation masks have no foreground, so rates have no score to be chosen by"
+            raise FedloraError(f"'{config.method}': {why}; deal more validation images, or name a rate")
         scores = {f"{rate:g}": score if score > -math.inf else None for rate, score in sorted(tried.items())}
         told = {"seeds": list(seeds), "tried": scores}
         return config.but(lr=max(sorted(tried), key=lambda rate: tried[rate])), {"search": told}
@@ -145,8 +154,10 @@ class Comparison:
         return sum(map(validation, records)) / len(records)
 
     def _one(self, config: RunConfig, test: bool = True) -> dict[str, Any]:
+        folder = self._folder(config)
+        known = config.data in DATASETS and is_finished(folder, test)  # then its images are not looked at
         try:
-            return run(config, self._folder(config), self.on_run(config), lambda: self._dataset(config), test)
+            return run(config, folder, self.on_run(config), None if known else lambda: self._dataset(config), test)
         except FedloraError as error:
             kind = Diverged if isinstance(error, Diverged) else FedloraError
             raise kind(f"{arm_of(config.asdict())}, seed {config.seed}: {error}") from None

@@ -3,15 +3,18 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from fedlora_mini.accepted import fitting
 from fedlora_mini.adapters.registry import ADAPTERS
+from fedlora_mini.data.select import Choice
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.client import Budget
 from fedlora_mini.federation.guarding import Guarding
-from fedlora_mini.federation.methods import method
+from fedlora_mini.federation.methods import METHODS, method
 from fedlora_mini.federation.row import Method
 from fedlora_mini.federation.sampling import drawn, participants
 from fedlora_mini.privacy import DPSGD, Release, calibrate, epsilon
@@ -33,13 +36,16 @@ LARGEST_EPSILON = 1e4  # beyond it accountants overflow, and nothing is hidden
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run. `lr=None` takes the adapter's default rate, "auto" precision is bf16 on CUDA and float32 elsewhere."""
+    """One run. `lr=None` takes the adapter's default rate, "auto" precision is bf16 on CUDA and float32 elsewhere.
+
+    Raises for a setting of another type than its own. A path becomes its text, a number of NumPy one of Python.
+    """
 
     method: str = "fedit"
     data: str = "phantom"
     data_options: dict[str, Any] = field(default_factory=dict)
-    sites: str | None = None  # comma-separated names, or how many of the first
-    unseen: str | None = None  # comma-separated names of sites that never train; None = the data set's own
+    sites: Choice = None  # comma-separated names, or how many of the first
+    unseen: Choice = None  # comma-separated names of sites that never train; None = the data set's own
     whole_unseen: bool = False  # score these on all their images, and not on their test share alone
     size: int = 64
     dirichlet: float | None = None  # None = natural partition
@@ -78,6 +84,7 @@ class RunConfig:
     change: dict[str, Any] = field(default_factory=dict)  # other numbers in the row, such as {"lam": 0.1}
 
     def __post_init__(self) -> None:
+        self._check_types()
         adapter = ADAPTERS[self.row.adapter]
         if self.lr is None:
             object.__setattr__(self, "lr", adapter.lr)
@@ -99,6 +106,16 @@ class RunConfig:
                     "leakage is read off gradients and changes without noise: leave it out under privacy"
                 )
 
+    def _check_types(self) -> None:
+        """Every setting as its annotation wants it."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if type(value) is float and float in (kind, *get_args(kind)):
+                continue  # NaN and infinity too: they are refused with the interval
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            object.__setattr__(self, name, fitting(name, value, kind))
+        object.__setattr__(self, "ranks", [fitting("each of the ranks", rank, int) for rank in self.ranks])
+
     def _check_numbers(self) -> None:
         """Raise for a number that no run can follow."""
         for name, (least, most) in WHOLE.items():
@@ -110,6 +127,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise FedloraError(f"{name} must be positive and finite, got {value}")
+        if not self.clip > 0:
+            raise FedloraError(f"clip: the clipping norm C must be positive, got {self.clip}")
         if not self.data:
             raise FedloraError(
                 "data is the name of a data set (see `fedlora data list`) or the path of a folder, got ''"
@@ -135,7 +154,8 @@ class RunConfig:
     def ranks_of(self, clients: int, row: Method) -> dict[int, int]:
         """Client -> its rank; empty if all have the model's."""
         if self.ranks and not getattr(row.rule, "unequal", False):
-            raise FedloraError(f"'{self.method}' cannot combine unequal ranks; leave out 'ranks'")
+            able = ", ".join(name for name, each in METHODS.items() if getattr(each.rule, "unequal", False))
+            raise FedloraError(f"'{self.method}' cannot combine unequal ranks, as {able} can; leave out 'ranks'")
         if self.ranks and not all(1 <= rank <= self.rank for rank in self.ranks):
             raise FedloraError(f"ranks are numbers from 1 to rank = {self.rank}, got {list(self.ranks)}")
         return {k: self.ranks[k % len(self.ranks)] for k in range(clients)} if self.ranks else {}
@@ -174,8 +194,9 @@ class RunConfig:
         mechanism = DPSGD(sigma, q, self.clip, self.clipping, self.micro)
         guard = Guarding(mechanism, budget, self.delta, self.accountant, self.secure)
         guard.ledger()  # raises for a bad budget, delta or accountant
-        if self.unit == "image":
-            guard.check(self.row)
+        if self.unit == "image" and (why := guard.refusal(self.row)):
+            able = [n for n, row in METHODS.items() if ADAPTERS[row.adapter].grouped and not guard.refusal(row)]
+            raise FedloraError(f"{why}; rows that may: {', '.join(able)}")
         if self.passes is not None:
             raise FedloraError("a privacy budget is planned in steps: leave out 'passes'")
         return guard

@@ -2,7 +2,7 @@
 
 θ: the factors that travel after training, θ^(-j): after the same training in which site j's images and outlines have no
 shift: same anatomies, initial weights and batches, θ_0: before. Its level is that ratio for other orders of the batches
-(methods.md card 3). Beside it M1 over several steps, from one more round with other private factors. A line an arm and
+(chapter 11). Beside it M1 over several steps, from one more round with other private factors. A line an arm and
 seed; those that the file holds are not made again:
 
     python -m fedlora_mini.experiments.counterfactual runs/counterfactual.jsonl

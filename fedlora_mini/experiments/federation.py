@@ -21,6 +21,7 @@ from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.leakage import Watch
 from fedlora_mini.experiments.lines import read_record
 from fedlora_mini.experiments.promise import Promise, guard_of, with_client_privacy
+from fedlora_mini.experiments.provenance import changed, inputs, versions, weights
 from fedlora_mini.federation import Server, Update, federate, repartition
 from fedlora_mini.federation.aggregation import AggregationError, aggregation_error
 from fedlora_mini.federation.client import moves_at_all
@@ -72,8 +73,9 @@ class Federation:
     def build(cls, config: RunConfig, data: Dataset | None = None) -> "Federation":
         """Model, adapters and clients of a config, on its device; nothing is trained yet.
 
-        data: in the place of the config's. Raises, naming the setting, for whatever does not fit: network and task, row
-        and network, row and privacy, partition, base, device.
+        data: your own in the place of the config's, whose `sites`, `unseen`, `size`, `dirichlet` and `data_options` do
+        not act on it: `data.choose_sites`, `limit` and `repartition` do the same by hand. Raises, naming the setting,
+        for whatever does not fit: network and task, row and network, row and privacy, partition, base, device.
         """
         row = config.row
         data = dataset_of(config) if data is None else data
@@ -123,11 +125,13 @@ class Federation:
         return cls(config, data, model, server, engine, watch)
 
     @classmethod
-    def finished(cls, folder: Path, data: Dataset | None = None) -> "Federation":
+    def finished(cls, folder: str | Path, data: Dataset | None = None) -> "Federation":
         """A run as it ended, from its folder: `engine.personal(client, server)` and `evaluate()` are what they were.
 
         Not to be trained on: memories that no model needs, such as gradients, are not in the folder. Ledgers are.
+        Raises for other images than the run's, where its record knows them, another base or another row of that name.
         """
+        folder = Path(folder)
         record, tensors = folder / "result.json", folder / "final.safetensors"
         if missing := [path.name for path in (record, tensors) if not path.is_file()]:
             raise FedloraError(f"'{folder}' holds no finished run: it lacks {', '.join(missing)}")
@@ -138,6 +142,9 @@ class Federation:
         except FedloraError as error:
             told = "a run on a Dataset of your own needs it again: Federation.finished(folder, data=dataset)"
             raise FedloraError(f"the data '{config.data}' of '{folder}' cannot be loaded ({error}); {told}") from None
+        found = versions() | weights(config.base) | inputs(config.row, data, config.private)
+        if told := changed(result.get("versions", {}), found):
+            raise FedloraError(f"'{folder}' holds a run with {told}")
         federation = cls.build(config, data)
         parts: dict[str, State] = {}
         try:

@@ -1,4 +1,4 @@
-"""Leakage of a run: M1 to M6 of every round, each beside its level (methods.md card 3).
+"""Leakage of a run: M1 to M6 of every round, each beside its level (chapter 11).
 
 M1 to M4 ask for layers that share one factor and keep the other. Where all or nothing of a pair travels there is M1b,
 the spread of what the sites send, and where a layer has two whole branches M2 of these. Experts (k, m, r), which a

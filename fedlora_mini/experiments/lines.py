@@ -49,9 +49,14 @@ def add_lines(path: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def records_file() -> Path:
-    """The file that `python -m MODULE FILE.jsonl` names. Ends with the usage if it names none."""
-    if len(sys.argv) < 2:
-        spec = sys.modules["__main__"].__spec__
-        name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
-        sys.exit(f"usage: python -m {name} FILE.jsonl    (where the records go)")
-    return Path(sys.argv[1])
+    """The file that `python -m MODULE FILE.jsonl` names. Ends with the usage if it names none, or an option."""
+    given, spec = sys.argv[1:], sys.modules["__main__"].__spec__
+    name = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+    usage = f"usage: python -m {name} FILE.jsonl    (where the records go)"
+    if not given:
+        sys.exit(usage)
+    if options := [each for each in given if each.startswith("-")]:
+        helped = not {"-h", "--help"}.isdisjoint(options)
+        print(usage, file=sys.stdout if helped else sys.stderr)
+        sys.exit(0 if helped else 2)
+    return Path(given[0])

@@ -2,7 +2,7 @@
 
 Ten classes of digits at eight clients, a small ViT whose base has seen none of their images, plain SGD; MNIST likewise,
 and masks on the phantom. A part is a set of arms under common settings; every arm searches the same rates, by the same
-rule, on seeds that are not reported. methods.md card 5.8.
+rule, on seeds that are not reported. Chapter 17.
 """
 
 from collections.abc import Callable, Mapping, Sequence

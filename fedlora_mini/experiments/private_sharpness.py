@@ -3,7 +3,7 @@
 Arms of one seed are trained again, round by round; L* is the lowest training loss that all of them reach, and each is
 looked at in the two rounds between which its loss first passes L*: a number is that of the line between them, at L*.
 Factors are balanced first, since (B / c, c A) is the same model. All of this reads clients' images without noise: it is
-a measurement, and no part of a private run. methods.md card 5.1.
+a measurement, and no part of a private run. Chapter 17.
 """
 
 import math

@@ -1,16 +1,21 @@
 """Where a number came from: code, libraries, machine."""
 
 import hashlib
+import inspect
 import os
 import platform
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
 
 from fedlora_mini import __version__
+from fedlora_mini.data import Dataset
+from fedlora_mini.federation import Method
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -38,6 +43,43 @@ def versions() -> dict[str, str]:
 def weights(base: str) -> dict[str, str]:
     """Twelve digits of the sha256 of a base's file, where the base is one: a path alone does not say which weights."""
     return {"base": hashlib.sha256(Path(base).read_bytes()).hexdigest()[:12]} if Path(base).is_file() else {}
+
+
+def inputs(row: Method, data: Dataset, private: bool) -> dict[str, str]:
+    """Digests of what a config only names: a row, which its user may have written, and the images.
+
+    Under privacy no images: who guesses them could confirm the guess by it.
+    """
+    sha = hashlib.sha256(text_of(row).encode()).hexdigest()[:12]
+    return {"row": sha} | ({} if private else {"data": data.digest})
+
+
+def changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """What of a run's inputs is not what it was, in words, by their `versions`; "" where nothing is known to differ.
+
+    A row's text is compared under one state of the package's code alone.
+    """
+    told = {"base": "other weights in the base's file", "row": "another row of that name", "data": "other images"}
+    if old.get("source") != new.get("source"):
+        del told["row"]
+    return next((what for name, what in told.items() if name in old and name in new and old[name] != new[name]), "")
+
+
+def text_of(part: Any) -> str:
+    """A text that differs where parts of a row do; with the source of what is not the package's own."""
+    if isinstance(part, Mapping | tuple | list):
+        parts = part.items() if isinstance(part, Mapping) else part
+        return f"({', '.join(map(text_of, parts))})"
+    kind = part if isinstance(part, type | FunctionType) else type(part)
+    if kind.__module__ == "builtins":
+        return repr(part)
+    try:
+        own = "" if kind.__module__.startswith("fedlora_mini.") else inspect.getsource(kind)
+    except (OSError, TypeError):
+        own = ""  # written in a console that keeps no source
+    held = [cell.cell_contents for cell in part.__closure__ or ()] if isinstance(part, FunctionType) else []
+    state = {} if isinstance(part, type | FunctionType) else getattr(part, "__dict__", {})
+    return f"{kind.__module__}.{kind.__qualname__}{text_of((*held, state))}{own}"
 
 
 def machine(device: torch.device) -> dict[str, Any]:

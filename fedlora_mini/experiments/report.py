@@ -25,11 +25,11 @@ from fedlora_mini.picture import Picture
 Result = dict[str, Any]
 
 
-def read_results(paths: Sequence[Path]) -> list[Result]:
+def read_results(paths: Sequence[str | Path]) -> list[Result]:
     """Results from run folders, comparison folders or `.jsonl` files, each run once."""
     found: dict[str, Result] = {}
     others: set[str] = set()
-    for path in paths:
+    for path in map(Path, paths):
         file = next((f for f in (path / "result.json", path / "results.jsonl", path) if f.is_file()), None)
         if file is None:
             raise FedloraError(f"'{path}' holds no result: expected result.json, results.jsonl or a .jsonl file")
@@ -74,6 +74,7 @@ def table_of(results: Sequence[Result], arm: str, protocol: str, metric: str = "
 
 
 SCORES = {"dice": "Dice", "accuracy": "accuracy"}  # of a segmentation, of a classification
+BESIDE = ("_chance", "_95", "_start", "_rounds")  # what stands beside a metric of leakage, or says how it was had
 
 
 def metric_of(results: Sequence[Result]) -> str:
@@ -105,8 +106,7 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
         spread = f" ± {own.mean(1).std(ddof=1):.3f}" if len(own) > 1 else ""
         new = table_of(results, method, "new site", metric)
         errors = [last for r in mine for last in r["agg_err"][-1:] if last is not None]
-        sent = [each for r in mine for each in r["bytes_up"] if each is not None]
-        clients = 1 if METHODS[mine[0]["config"]["method"]].pooled else len(mine[0]["scores"]["personal"])
+        sent = [each for r in mine for each in _sent(r)]
         took = [r["seconds"] for r in mine if r["seconds"] is not None]
         rows.append(
             {
@@ -119,7 +119,7 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
                 f"global {what}": f"{table_of(results, method, 'global', metric).mean():.3f}",
                 f"new-site {what}": f"{new.mean():.3f}" if new.size else "–",
                 "trained": f"{mine[0]['trained']:,}",
-                "KB up / client / round": f"{np.mean(sent) / clients / 1e3:.1f}" if sent else "–",
+                "KB up / client / round": f"{np.mean(sent) / 1e3:.1f}" if sent else "–",
                 "agg. error": f"{np.mean(errors):.3f}" if errors else "–",
                 "lr": ", ".join(sorted({f"{r['config']['lr']:g}" for r in mine})),
                 "s / run": f"{np.mean(took):.0f}" if took else "–",
@@ -127,6 +127,37 @@ def summary(results: Sequence[Result]) -> pd.DataFrame:
             | privacy(mine)
         )
     return pd.DataFrame(rows).set_index("method").fillna("–")
+
+
+def _sent(r: Result) -> list[float]:
+    """Bytes up of one client in each round of which it may be told; records older than `clients` had all in each."""
+    everybody = 1 if METHODS[r["config"]["method"]].pooled else len(r["scores"]["personal"])
+    took_part = r.get("clients", [everybody] * len(r["bytes_up"]))
+    return [up / clients for up, clients in zip(r["bytes_up"], took_part, strict=True) if up is not None]
+
+
+def leakage_table(results: Sequence[Result]) -> pd.DataFrame:
+    """What `--leakage` logged: mean over rounds (M5, M6: as they ended), sites and seeds; its level in brackets."""
+    columns = {}
+    for arm in arms(results):
+        found = [logged(r["leakage"]) for r in results if arm_of(r["config"]) == arm and "leakage" in r]
+        names = set.intersection(*found) if found else set()
+        mean = {name: table_of(results, arm, "leakage", name).mean() for name in sorted(names)}
+        columns[title_of(arm)] = {
+            name: f"{value:.3g}" + (f" ({mean[level]:.3g})" if (level := f"{name}_chance") in mean else "")
+            for name, value in mean.items()
+            if not name.endswith(BESIDE)
+        }
+    return pd.DataFrame(columns).fillna("–").rename_axis("leakage (level)")
+
+
+def refusals(results: Sequence[Result]) -> list[str]:
+    """One line for every run whose server refused updates: they are in no mean."""
+    return [
+        f"{arm_of(r['config'])}, seed {r['config']['seed']}: {len(told)} updates refused, first {told[0]}"
+        for r in results
+        if (told := r.get("refused"))
+    ]
 
 
 def privacy(runs: Sequence[Result]) -> dict[str, str]:
@@ -192,7 +223,7 @@ def difference_table(results: Sequence[Result], protocol: str = "personal") -> p
         {
             "difference": f"{title_of(a)} − {title_of(b)}",
             SCORES[metric_of(results)]: f"{d.mean:+.3f}",
-            "95 % interval": f"[{d.low:+.3f}, {d.high:+.3f}]",
+            "95 % interval": f"[{d.low:+.3f}, {d.high:+.3f}]" if d.seeds > 1 else "–",  # one seed tells of its sites
             "p (Holm)": f"{corrected[a, b]:.3f}" if (a, b) in corrected else "–",
             "seeds": d.seeds,
         }
@@ -232,16 +263,17 @@ def _intervals(axis: Axes, pairs: dict[tuple[str, str], Difference], what: str) 
     """One line a pair: the mean difference and its interval; green above zero, red below, grey across."""
     rows = list(pairs.items())[::-1]
     for y, (_, d) in enumerate(rows):
-        colour = "C2" if d.low > 0 else "C3" if d.high < 0 else "0.4"
-        axis.plot([d.low, d.high], [y, y], "-", color=colour, lw=2)
+        known = d.seeds > 1  # an interval over the sites of one seed says nothing of others
+        colour = "C2" if known and d.low > 0 else "C3" if known and d.high < 0 else "0.4"
+        axis.plot([d.low, d.high] if known else [d.mean] * 2, [y, y], "-", color=colour, lw=2)
         axis.plot(d.mean, y, "o", color=colour)
     axis.axvline(0, color="black", lw=0.8)
     axis.set_yticks(range(len(rows)), [f"{title_of(a)} − {title_of(b)}" for (a, b), _ in rows], fontsize=8)
     axis.set_ylim(-0.7, len(rows) - 0.3)
-    axis.set_xlabel(f"difference in personal {what}, 95 % interval")
     least, most = (end(d.seeds for d in pairs.values()) for end in (min, max))
+    axis.set_xlabel(f"difference in personal {what}{', 95 % interval' if most > 1 else ''}")
     seeds = f"{least}" if least == most else f"{least} to {most}"
-    axis.set_title(f"paired over {seeds} seeds and {rows[0][1].sites} sites", fontsize=10)
+    axis.set_title(f"paired over {seeds} seed{'s' * (most > 1)} and {rows[0][1].sites} sites", fontsize=10)
     axis.grid(axis="x", alpha=0.3)
 
 
@@ -281,17 +313,16 @@ def figure(results: Sequence[Result], most_pairs: int = 15) -> Figure:
     return drawing
 
 
-def write_report(results: Sequence[Result], folder: Path) -> tuple[Path, Path]:
-    """`report.md` with both tables and `report.png`; returns their paths. See `together` for what stands in them."""
+def write_report(results: Sequence[Result], folder: str | Path) -> tuple[Path, Path]:
+    """`report.md` with its tables and `report.png`; returns their paths. See `together` for what stands in them."""
     check(results)
-    results = told_apart(results)
+    results, folder = told_apart(results), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text, picture = folder / "report.md", folder / "report.png"
     parts = [markdown(summary(results))]
     changes = difference_table(results)
-    if len(changes):
-        parts.append(markdown(changes))
-    parts.append("\n".join(f"- {line}" for line in unpaired(results)))
+    parts += [markdown(frame) for frame in (changes, leakage_table(results)) if len(frame)]
+    parts.append("\n".join(f"- {line}" for line in unpaired(results) + refusals(results)))
     text.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     figure(results).savefig(picture, dpi=130)
     return text, picture

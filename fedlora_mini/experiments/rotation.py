@@ -3,7 +3,7 @@
 Site k needs the update ΔW_k = T_k (rho W_0 + ΔW*) R_kᵀ - rho W_0. With rho = 0, where only the task's update ΔW* sees
 the site, a rotation R_k of the inputs keeps its column space, so that one B fits all sites exactly, and a rotation T_k
 of the outputs keeps its row space, so that one A does. With rho = 1 the frozen layer sees the site too: then neither is
-exact. methods.md section 2.2.
+exact. Chapter 9.
 """
 
 import math

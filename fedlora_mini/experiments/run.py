@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 
 from fedlora_mini import state as S
-from fedlora_mini.data import Dataset
+from fedlora_mini.data import DATASETS, Dataset
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.checkpoint import (
     check_nothing_released,
@@ -23,28 +23,31 @@ from fedlora_mini.experiments.checkpoint import (
     write_atomically,
 )
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.federation import Federation
+from fedlora_mini.experiments.federation import Federation, dataset_of
 from fedlora_mini.experiments.leakage import ends
 from fedlora_mini.experiments.lines import read_lines, read_record
-from fedlora_mini.experiments.provenance import machine, versions, weights
+from fedlora_mini.experiments.provenance import changed, inputs, machine, versions, weights
 
 Progress = Callable[[dict[str, Any]], None]
 
 
 def run(
     config: RunConfig,
-    folder: Path,
+    folder: str | Path,
     progress: Progress = lambda record: None,
-    data: Callable[[], Dataset] | None = None,
+    data: Dataset | Callable[[], Dataset] | None = None,
     test: bool = True,
 ) -> dict[str, Any]:
     """Run to the end, from the folder's checkpoint if it holds one, and return the result record.
 
     The folder gets `log.jsonl` (config, one line a round, result), `checkpoint.safetensors` after every round,
-    `final.safetensors` and `result.json`. A finished folder of this run is returned as it is, another run's is refused.
-    Without `test` no test image is looked at, which is all that a search needs; the same folder with `test` then adds
-    these scores. Nothing is made before the first round.
+    `final.safetensors` and `result.json`. A finished folder of this run is returned as it is, another run's is refused,
+    also one on other images, from another base or by another row of the same name. data: your own in the place of the
+    config's (see `Federation.build`), or a function that makes it when it is needed. Without `test` no test image is
+    looked at, which is all that a search needs; the same folder with `test` then adds these scores. Nothing is made
+    before the first round.
     """
+    folder = Path(folder)
     finished = folder / "result.json"
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -53,11 +56,17 @@ def run(
         asked = json.loads(json.dumps(config.asdict()))  # as JSON has it
         if RunConfig.read(result.get("config", {})).asdict() != asked:
             raise FedloraError(f"'{folder}' holds another run's result; choose another folder")
+        if data is not None or config.data not in DATASETS:  # a name stands for the same images every day
+            data = data() if callable(data) else data or dataset_of(config)
+            found = versions() | weights(config.base) | inputs(config.row, data, config.private)
+            if told := changed(result.get("versions", {}), found):
+                raise FedloraError(f"'{folder}' holds a run with {told}; choose another folder")
         return result if _tested(result) or not test else _test(folder, result, data)
     started = perf_counter()
-    federation = Federation.build(config, data() if data else None)
+    federation = Federation.build(config, data() if callable(data) else data)
     server, engine = federation.server, federation.engine
-    made = {"versions": versions() | weights(config.base), "machine": machine(engine.device)}
+    from_what = weights(config.base) | inputs(config.row, federation.data, config.private)
+    made = {"versions": versions() | from_what, "machine": machine(engine.device)}
     head = {"event": "start", "config": config.asdict(), **made}
     head = json.loads(json.dumps(head))  # as a checkpoint has it
     checkpoint = folder / "checkpoint.safetensors"
@@ -98,10 +107,15 @@ def _tested(result: dict[str, Any]) -> bool:
     return "personal" in result["scores"]
 
 
-def _test(folder: Path, result: dict[str, Any], data: Callable[[], Dataset] | None) -> dict[str, Any]:
+def is_finished(folder: Path, test: bool = True) -> bool:
+    """Whether `run` of the same config would have nothing to do."""
+    return (folder / "result.json").exists() and (not test or _tested(read_record(folder / "result.json")))
+
+
+def _test(folder: Path, result: dict[str, Any], data: Dataset | Callable[[], Dataset] | None) -> dict[str, Any]:
     """A finished run that had not met its test images meets them."""
     started = perf_counter()
-    federation = Federation.finished(folder, data() if data else None)
+    federation = Federation.finished(folder, data() if callable(data) else data)
     result["scores"] = federation.evaluate("test") | result["scores"]
     if result["seconds"] is not None:
         result["seconds"] += perf_counter() - started
@@ -117,6 +131,8 @@ def _resumed(checkpoint: Path, federation: Federation, head: dict[str, Any]) -> 
         config = begun["config"]
         _check_same(begun, head, checkpoint.parent)
         return load_checkpoint(checkpoint, federation.server, federation.engine, federation.watch)
+    except FedloraError:
+        raise
     except (SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
         raise FedloraError(f"'{checkpoint}' is damaged: {error}; {_instead(config)}") from None
 
@@ -126,8 +142,8 @@ def _check_same(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
         raise FedloraError(f"'{folder}' holds another run's checkpoint; {_instead(old['config'])}")
     if old["versions"]["source"] != new["versions"]["source"]:
         raise FedloraError(f"'{folder}' was begun by other code; {_instead(old['config'])}")
-    if old["versions"].get("base") != new["versions"].get("base"):
-        raise FedloraError(f"'{folder}' was begun from other weights in that file; {_instead(old['config'])}")
+    if told := changed(old["versions"], new["versions"]):
+        raise FedloraError(f"'{folder}' was begun with {told}; {_instead(old['config'])}")
 
 
 def _instead(config: dict[str, Any]) -> str:
@@ -177,6 +193,7 @@ def _result(
         "trained": federation.trained,
         "sites": {site.name: site.sizes() for site in (*federation.data.sites, *federation.data.unseen)},
         "data_note": federation.data.note,
+        "clients": [r["clients"] and len(r["clients"]) for r in rounds],  # how many took part, where it may be told
         "bytes_up": [r["bytes_up"] for r in rounds],
         "bytes_down": [r["bytes_down"] for r in rounds],
         "agg_err": [r["agg_err"] for r in rounds],

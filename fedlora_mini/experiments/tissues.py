@@ -4,7 +4,7 @@ logits = H relu(mean_3x3(W x)): a 1x1 stem W, a fixed mean over 3 x 3 pixels, a 
 tissues span four of 16 channels; site k shows R_k x, R_k in SO(16), and writes tissue t as one of 12 labels, code_k(t).
 The frozen network solves the task without shifts. With them a site needs W R_kᵀ and P_k H, where P_k moves row t to row
 code_k(t). So ΔW_k = W R_kᵀ - W has the columns of W, and ΔH_k = P_k H - H the rows of H. Both have rank 4, hence one B
-in the stem and one A in the head are exact at r = 4, although the frozen layers see the shifts. methods.md section 2.2.
+in the stem and one A in the head are exact at r = 4, although the frozen layers see the shifts. Chapter 9.
 """
 
 import math

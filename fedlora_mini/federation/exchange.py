@@ -88,7 +88,10 @@ def refusal(update: Update, expected: State, messages: Iterable[str] = (), unequ
     """
     tensors = {name: value for name, value in update.state.items() if is_model(name)}
     odd = sorted(tensors.keys() ^ expected.keys())
-    odd += [n for n in update.state if is_note(n) and not any(fnmatch(n, pattern) for pattern in messages)]
+    notes = [n for n in update.state if is_note(n) and not any(fnmatch(n, pattern) for pattern in messages)]
+    if notes:
+        told = ", ".join(messages) or "none"
+        return f"client {update.client}: note '{notes[0]}' is not among its work's `messages`; accepted: {told}"
     if odd:
         return f"client {update.client}: wrong names, {len(odd)} differ, first '{odd[0]}'"
     for name, value in tensors.items():

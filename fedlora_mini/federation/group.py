@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedlora_mini import state as S
 from fedlora_mini.adapters.base import call
 from fedlora_mini.adapters.features import embed, statistic
+from fedlora_mini.errors import FedloraError
 from fedlora_mini.losses import task_loss
 from fedlora_mini.privacy.dpsgd import Guarded, GuardedGroup
 from fedlora_mini.regularizers import Context, Regularizer
@@ -27,6 +28,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def changes_images(term: Regularizer) -> bool:
     """Whether the network is given other images than the client's own."""
     return type(term).batch is not Regularizer.batch or type(term).images is not Regularizer.images
+
+
+def penalty(term: Regularizer, state: State, context: Context) -> Tensor | float:
+    """The term's own. Raises, with its name, unless it is one number."""
+    value = term.penalty(state, context)
+    if not isinstance(value, int | float) and not (isinstance(value, Tensor) and value.numel() == 1):
+        got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise FedloraError(f"the penalty of '{term.label or type(term).__name__}' is {got}; it must be one number")
+    return value
 
 
 @dataclass
@@ -113,7 +123,7 @@ class Group:
             own = z.chunk(K) if features else [z] * K
             for view, context, z_k in zip(self.views(), self.contexts, own, strict=True):
                 context = replace(context, z=z_k)
-                value = value + sum(term.penalty(view, context) for term in self.terms)
+                value = value + sum(penalty(term, view, context) for term in self.terms)
         return value, losses.detach()
 
     def _again(self, x: Tensor, y: Tensor) -> State:
@@ -129,7 +139,7 @@ class Group:
         assert self.guard is not None
         each = zip(self.views(), self.contexts, strict=True)
         seen = [(term, view, self._shown(term, context)) for view, context in each for term in self.terms]
-        value = sum((term.penalty(view, context) for term, view, context in seen), 0.0)
+        value = sum((penalty(term, view, context) for term, view, context in seen), 0.0)
         if isinstance(value, Tensor) and value.requires_grad:
             value.backward()
         fixed = {name: p.detach() for name, p in self.params.items()}

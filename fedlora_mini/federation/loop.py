@@ -176,7 +176,8 @@ def federate(
         if returned is None:
             why = "nobody answered" if silent else "; ".join(desk.refused)
             kind = Diverged if desk.refused and all(NOT_FINITE in each for each in desk.refused) else FedloraError
-            raise kind(f"round {t}: no usable update ({why}). A smaller --lr often helps.")
+            hint = " A smaller --lr often helps." if kind is Diverged else ""
+            raise kind(f"round {t}: no usable update ({why}).{hint}")
         server.seen |= dict.fromkeys(desk.answered & requests.keys(), server.round)  # the others may not have heard
         error = _advance(server, desk, returned, layers or {}, measured)
         record = Round(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from fedlora_mini.federation.client import Batches, Budget, train
 from fedlora_mini.federation.exchange import Request, Update, is_model, is_note
 from fedlora_mini.federation.fold import fold, fresh, products_in
 from fedlora_mini.federation.guarding import Guarding
-from fedlora_mini.federation.row import Method
-from fedlora_mini.federation.sampling import batch_indices, flips, generator
+from fedlora_mini.federation.row import Method, Work
+from fedlora_mini.federation.sampling import batch_indices, drawing, flips, generator
 from fedlora_mini.privacy.dpsgd import Guarded
 from fedlora_mini.privacy.ledger import Ledger
 from fedlora_mini.privacy.sampling import poisson
@@ -26,7 +27,10 @@ from fedlora_mini.state import State
 
 @dataclass
 class Setting:
-    """What all clients of a run have in common. `model` is prepared for the method's adapter."""
+    """What all clients of a run have in common. `model` is prepared for the method's adapter.
+
+    Raises for a method that names factors which the adapter does not have.
+    """
 
     model: nn.Module
     method: Method
@@ -39,6 +43,8 @@ class Setting:
 
     def __post_init__(self) -> None:
         self.layers = dict(adapters(self.model))
+        if told := self.method.misnames(self.keys):
+            raise FedloraError(told)
 
     def private(self, name: str) -> bool:
         """Whether a tensor never leaves its client. Notes don't count as tensors: each says itself where it goes."""
@@ -136,7 +142,9 @@ class Member:
         begin = self.tensors if start is None else start
         batches = self.batches(round, budget, purpose)
         args = (own.model, method, own.keys, [begin], batches, budget, round, own.precision)
-        [end], [loss] = train(*args, kept=[self.notes], guard=self.guarded(round, budget, purpose))
+        guard = self.guarded(round, budget, purpose)
+        with drawing(self.data.images.device, own.seed, round, self.number, f"layers in {purpose}"):
+            [end], [loss] = train(*args, kept=[self.notes], guard=guard)
         return end, loss
 
     def guarded(self, round: int, budget: Budget, purpose: str) -> Guarded | None:
@@ -161,7 +169,7 @@ class Member:
         """One round: receive, work, keep the private part, hand out what travels."""
         self.receive(request)
         known = dict(self.memory)
-        end, loss, messages = self.setting.method.work.round(self, request.round)
+        end, loss, messages = done(self.setting.method.work, self.setting.method.work.round(self, request.round))
         if broken := not (S.finite(end) and S.finite(self.memory)):
             self.memory = known  # a work's notes, like private tensors, are not replaced by broken ones
         update = self.close(end, loss, request.round, messages)
@@ -179,6 +187,18 @@ class Member:
         }
         taken = setting.budget.of(len(self.data)).steps
         return Update(self.number, sent | (messages or {}), float(len(self.data)), loss, taken, broken)
+
+
+def done(work: Work, returned: Any) -> tuple[State, float, State]:
+    """What the work's round returned. Raises, with its name, unless it is what a round returns."""
+    kinds = (Mapping, Real, Mapping)
+    if isinstance(returned, tuple) and len(returned) == 3 and all(map(isinstance, returned, kinds)):
+        return returned
+    got = f"({', '.join(type(each).__name__ for each in returned)})" if isinstance(returned, tuple) else repr(returned)
+    raise FedloraError(
+        f"work '{work.label or type(work).__name__}' returned {got} from its round; a round returns a tuple of three: "
+        "the trained tensors by name, the mean loss as a number, the messages by name"
+    )
 
 
 def on(device: torch.device, split: Split) -> Split:

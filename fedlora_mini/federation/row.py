@@ -1,14 +1,15 @@
 """A federated method is a row: a choice along the axes adapter, sharing, schedule, rule, objective, work, clients."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import Tensor
 
 from fedlora_mini.accepted import fitting
 from fedlora_mini.adapters.base import Key
-from fedlora_mini.adapters.registry import ADAPTERS
+from fedlora_mini.adapters.registry import ADAPTERS, BODY
 from fedlora_mini.errors import FedloraError, unknown
 from fedlora_mini.federation.aggregation.mean import mean
 from fedlora_mini.federation.exchange import Rule
@@ -60,13 +61,27 @@ class Work:
 
 trains = Work()
 MANY = 8  # local steps with which every schedule has moved all that it moves
+CALLED = {  # cell of a row -> how many arguments it takes, and what it may be
+    "shared": (1, "a function Key -> bool or a Sharing"),
+    "schedule": (4, "a function (Key, round, step, steps) -> bool or a Schedule"),
+    "rule": (2, "a function (server, updates) -> tensors by name, or an instance such as Stack()"),
+}
+
+
+def _takes(cell: Any, arguments: int) -> bool:
+    """Whether it can be called with so many; a class, which would be called to make an instance, counts as none."""
+    try:
+        inspect.signature(cell).bind(*range(arguments))
+    except TypeError:
+        return False
+    return not isinstance(cell, type)
 
 
 @dataclass(frozen=True)
 class Method:
     """One row. `pooled` is the client axis: one client that holds all sites' data instead of one client per site.
 
-    A plain function Key -> bool may be given for `shared`.
+    Plain functions may be given for `shared` and `schedule`.
     """
 
     title: str
@@ -82,12 +97,12 @@ class Method:
     def __post_init__(self) -> None:
         if self.adapter not in ADAPTERS:
             raise unknown("adapter", self.adapter, ADAPTERS)
-        if not isinstance(self.shared, Sharing):
-            if not callable(self.shared):
-                raise FedloraError(
-                    f"'{self.title}': shared is a function Key -> bool or a Sharing, got {self.shared!r}"
-                )
-            object.__setattr__(self, "shared", Sharing("what its own function says", self.shared))
+        for name, (arguments, wanted) in CALLED.items():
+            if not _takes(cell := getattr(self, name), arguments):
+                raise FedloraError(f"'{self.title}': {name} is {wanted}, got {cell!r}")
+        for name, named in (("shared", Sharing), ("schedule", Schedule)):
+            if not isinstance(getattr(self, name), named):
+                object.__setattr__(self, name, named("what its own function says", getattr(self, name)))
         for name, kind in (("objective", Regularizer), ("work", Work)):
             parts = getattr(self, name) if name == "objective" else (getattr(self, name),)
             if not isinstance(parts, tuple) or not all(isinstance(part, kind) for part in parts):
@@ -123,6 +138,22 @@ class Method:
             f"'{self.title}' shares {self.shared.label}, and of adapter '{self.adapter}' that is nothing: no client "
             f"would send a number; its factors: {there}. If nothing is meant, share `sharing.nothing`"
         )
+
+    def misnames(self, keys: Mapping[str, Key]) -> str:
+        """What to say where sharing or schedule names a factor that no layer of its region has."""
+        there: dict[str, set[str]] = {}
+        for key in keys.values():
+            there.setdefault(key.region, set()).add(key.factor)
+        named = [(f"shares {self.shared.label}", *pair) for pair in self.shared.named]
+        turns = [(region, factor) for factor in self.schedule.named for region in BODY]
+        named += [(f"has the schedule '{self.schedule.label}'", *pair) for pair in turns]
+        for what, region, factor in named:
+            if region in there and factor not in there[region]:
+                return (
+                    f"'{self.title}' {what}, and adapter '{self.adapter}' has no factor '{factor}' in the {region}; "
+                    f"its factors there: {', '.join(sorted(there[region]))}"
+                )
+        return ""
 
     def rests(self, keys: Mapping[str, Key], steps: int) -> str:
         """What to say where the schedule would move one of these tensors, and so few local steps never do."""
@@ -160,7 +191,7 @@ class Method:
                 raise unknown(f"setting of '{self.title}'", name, known)
             for i, part in enumerate(parts):
                 if having[i]:
-                    kind = part.__dataclass_fields__[name].type
+                    kind = get_type_hints(type(part))[name]
                     parts[i] = replace(part, **{name: fitting(f"setting '{name}' of '{self.title}'", value, kind)})
         return replace(self, rule=parts[0], objective=tuple(parts[1:-1]), work=parts[-1])
 

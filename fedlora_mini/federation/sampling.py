@@ -3,7 +3,8 @@
 Where a draw has to be secret it has no generator (None), and its coins come from the operating system.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +16,18 @@ from fedlora_mini.errors import FedloraError
 def generator(*key: object) -> torch.Generator:
     """A generator that depends on the key alone: generator(seed, round, client, "batches")."""
     return seeded("|".join(map(str, key)))
+
+
+@contextmanager
+def drawing(device: torch.device, *key: object) -> Iterator[None]:
+    """What layers draw by themselves, such as dropout, follows the key; PyTorch's own generators end as they were."""
+    seed, cuda = generator(*key).initial_seed(), [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def participants(clients: Sequence[int], fraction: float, seed: int, round: int) -> list[int]:

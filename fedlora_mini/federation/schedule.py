@@ -21,13 +21,15 @@ class Schedule:
     """A predicate on (tensor, round, step, steps), with the words that the method table prints.
 
     notes: what server and clients remember; a schedule that `asks` leaves the choice of a layer's factor to the server.
-    turns: where two factors take turns, the same schedule by the factor that is first.
+    turns: where two factors take turns, the same schedule by the factor that is first. named: the factors that the
+    words name, which an adapter may not have.
     """
 
     label: str
     test: Test
     asks: bool = False
     turns: "Callable[[str], Schedule] | None" = None
+    named: tuple[str, ...] = ()
 
     def beginning(self, first: str) -> "Schedule":
         """The same turns, with this factor first. Raises where nothing takes turns."""
@@ -64,7 +66,11 @@ together = Schedule("all at every step", lambda key, round, step, steps: True)
 def only(factor: str) -> Schedule:
     """One factor moves, the others stay at their common random start; the head moves too."""
     rest = "A" if factor == "B" else "B"
-    return Schedule(f"{rest} never moves", lambda key, round, step, steps: key.region == "head" or key.factor == factor)
+
+    def test(key: Key, round: int, step: int, steps: int) -> bool:
+        return key.region == "head" or key.factor == factor
+
+    return Schedule(f"{rest} never moves", test, named=(factor,))
 
 
 def _turns(make: Callable[[str, str], Schedule], first: str, second: str) -> Callable[[str], Schedule]:
@@ -78,7 +84,8 @@ def by_round(first: str, second: str) -> Schedule:
     def test(key: Key, round: int, step: int, steps: int) -> bool:
         return key.region == "head" or key.factor == (first if round % 2 else second)
 
-    return Schedule(f"{first} in odd rounds, {second} in even", test, turns=_turns(by_round, first, second))
+    label = f"{first} in odd rounds, {second} in even"
+    return Schedule(label, test, turns=_turns(by_round, first, second), named=(first, second))
 
 
 def by_step(first: str, second: str) -> Schedule:
@@ -87,7 +94,8 @@ def by_step(first: str, second: str) -> Schedule:
     def test(key: Key, round: int, step: int, steps: int) -> bool:
         return key.region == "head" or key.factor == (first if step % 2 else second)
 
-    return Schedule(f"{first} in odd steps, {second} in even", test, turns=_turns(by_step, first, second))
+    label = f"{first} in odd steps, {second} in even"
+    return Schedule(label, test, turns=_turns(by_step, first, second), named=(first, second))
 
 
 as_told = Schedule("one factor a layer, as the server says", lambda key, round, step, steps: True, asks=True)

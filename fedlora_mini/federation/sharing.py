@@ -11,11 +11,13 @@ class Sharing:
     """A predicate on one trained tensor, with the words that the method table prints.
 
     needs: what a network must have so that something stays; empty where every network has it, or nothing should stay.
+    named: (region, factor) of what the words name, which an adapter may not have.
     """
 
     label: str
     test: Callable[[Key], bool]
     needs: str = ""
+    named: tuple[tuple[str, str], ...] = ()
 
     def __call__(self, key: Key) -> bool:
         return self.test(key)
@@ -47,4 +49,4 @@ def factors(encoder: str, decoder: str, head: bool) -> Sharing:
     def test(key: Key) -> bool:
         return head if key.region == "head" else key.factor == wanted[key.region]
 
-    return Sharing(", ".join([*parts, "head"] if head else parts), test)
+    return Sharing(", ".join([*parts, "head"] if head else parts), test, named=tuple(wanted.items()))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlora_mini.adapters.base import call
+from fedlora_mini.adapters.base import call, check_unmerged
 from fedlora_mini.data.base import Split
 from fedlora_mini.state import State
 
@@ -33,7 +33,9 @@ def recognition(logits: Tensor, truth: Tensor, names: tuple[str, ...]) -> Recogn
 
 @torch.no_grad()
 def recognise(model: nn.Module, state: State, split: Split, names: tuple[str, ...], batch: int = 512) -> Recognition:
-    """`recognition` of the model with the tensors of `state`."""
+    """`recognition` of the model with the tensors of `state`. Raises for a state that a merged adapter would ignore."""
+    if state:
+        check_unmerged(model)
     device = next(model.parameters()).device
     training = model.training
     model.eval()

@@ -2,7 +2,7 @@
 
 Leakage itself is the effect of a purely site-specific nuisance on shared parameters, which only a second training
 without that nuisance shows (M7). What is here is cheaper and says less: every metric stands beside its value by chance.
-methods.md section 3; M5 and M6 are in `probe`.
+Chapter 11; M5 and M6 are in `probe`.
 """
 
 from collections.abc import Mapping, Sequence

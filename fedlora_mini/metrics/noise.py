@@ -1,6 +1,6 @@
 """(B + N_B)(A + N_A) - B A = N_B A + B N_A + N_B N_A: what noise on the factors does to their product, term by term.
 
-methods.md card 5.1. B: (m, r), A: (r, n); an m x n is never formed.
+Chapter 16. B: (m, r), A: (r, n); an m x n is never formed.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedlora_mini.adapters.base import call
+from fedlora_mini.adapters.base import call, check_unmerged
 from fedlora_mini.data.base import IGNORE, Split
 from fedlora_mini.state import State
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over images and foreground classes that the truth holds. `hd95` in pixels; None if it was not asked for.
+    """Means over images and foreground classes: Dice over pairs that the truth holds, HD95 over these and false alarms.
 
-    `false_alarms`: share of (image, class) pairs absent from the truth in which the model found something; None if
-    no pair is absent. Dice has no value there.
+    `hd95` in pixels; None if it was not asked for. `false_alarms`: share of (image, class) pairs absent from the truth
+    in which the model found something; None if no pair is absent. Dice has no value there.
     """
 
     dice: float
@@ -28,7 +28,9 @@ class Scores:
 
 @torch.no_grad()
 def predict(model: nn.Module, state: State, images: Tensor, batch: int = 64) -> Tensor:
-    """(N, C, *S) -> (N, *S) labels, on the model's device."""
+    """(N, C, *S) -> (N, *S) labels, on the model's device. Raises for a state that a merged adapter would ignore."""
+    if state:
+        check_unmerged(model)
     device = next(model.parameters()).device
     training = model.training
     model.eval()

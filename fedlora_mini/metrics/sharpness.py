@@ -1,6 +1,6 @@
 """λ_max(∇²L) in the adapter's parameters by products ∇²L v, and slices of L along random directions.
 
-Nothing of size d x d is formed. methods.md card 5.1 (3).
+Nothing of size d x d is formed. Chapters 16 and 17; slices: Li et al. 2018.
 """
 
 import itertools

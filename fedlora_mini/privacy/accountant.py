@@ -1,8 +1,8 @@
 """What a sequence of private releases has cost: epsilon at a delta, for any mixture of subsampled Gaussians.
 
-Three ways to count. "pld" composes the privacy loss numerically (dp-accounting; tight, rounded up): the figure that the
+Four ways to count. "pld" composes the privacy loss numerically (dp-accounting; tight, rounded up): the figure that the
 library reports. "rdp" is Renyi's, in the few lines that chapter 14 derives. "gdp" and "zcdp" are closed forms for
-releases without sampling. Neighbours differ by one record that is there or not there. methods.md section 0, finding 4.
+releases without sampling. Neighbours differ by one record that is there or not there. Chapter 14.
 """
 
 import math

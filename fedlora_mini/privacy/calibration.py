@@ -23,11 +23,11 @@ def calibrate(epsilon: float, delta: float, q: float, steps: int, method: str = 
     or twice, after a `guess` on a coarse grid has said where to look. Not below 0.1, which is returned where less would
     do: a record that is hardly ever drawn is private by that alone.
 
-    Raises for epsilon <= 0, no step, q outside (0, 1], what `epsilon` raises, and a budget that no sigma up to 10,000
-    keeps.
+    Raises for epsilon outside (0, inf), no step, q outside (0, 1], what `epsilon` raises, and a budget that no sigma up
+    to 10,000 keeps.
     """
-    if not epsilon > 0:
-        raise FedloraError(f"epsilon must be positive, got {epsilon}")
+    if not 0 < epsilon < math.inf:
+        raise FedloraError(f"epsilon must be positive and finite, got {epsilon}")
     if steps < 1:
         raise FedloraError(f"calibration needs at least one step, got {steps}")
     if not 0 < q <= 1:

@@ -57,7 +57,7 @@ def clip_sum(gradients: Mapping[str, Tensor], C: float, how: str = "flat") -> St
     clipping (Bu et al. 2023). C = inf is the plain sum. A gradient whose norm is not finite counts as 0: otherwise one
     sample decides whether there is a sum. Inside autocast too it is a sum in the gradients' own precision: rounding
     could lengthen it. Raises for a C that is not positive, another `how`, and "normalised" without a finite C.
-    methods.md card 1.1.
+    Chapter 14.
     """
     if not C > 0:
         raise FedloraError(f"the clipping norm C must be positive, got {C}")

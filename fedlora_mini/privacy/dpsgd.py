@@ -1,7 +1,7 @@
 """ĝ = (sum_{i in batch} c_i g_i + sigma C N(0, I)) / (q n): the gradient that a private client follows.
 
 Abadi et al. 2016. The batch is a Poisson sample of rate q, every image of it is clipped on its own over all tensors
-that move at this step, and the divisor is the expected batch, which does not tell how many came. methods.md card 1.1.
+that move at this step, and the divisor is the expected batch, which does not tell how many came. Chapter 14.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 They see the released gradient and nothing else, so they cost no privacy. Those in space smooth along the axis of
 features, of A (…, r, n) its rows and of B (…, m, r) its columns, never across the rank, and of a client's own A_own and
-B_own alike. methods.md card 5.3.
+B_own alike. Chapter 17.
 """
 
 import math

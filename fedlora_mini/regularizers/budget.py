@@ -69,7 +69,7 @@ class RankBudget(Regularizer):
     `warm` = t_i / T and `cool` = t_f / T are shares, ours to make the schedule fit any T. T is the steps of a round, or
     `total` steps counted through the rounds. The averages start anew in each round; in a round that begins with
     the mask frozen, v_i = 0 stays 0. Clients choose for themselves, so the mean of their v may keep more than b(t)
-    directions. Zhang et al. 2023; methods.md section 8.1.
+    directions. Zhang et al. 2023; chapter 6.
     """
 
     final: float

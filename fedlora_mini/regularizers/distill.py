@@ -2,7 +2,7 @@
 
 f_personal is the client's network as it is, f_common the same with its private branch silent (every `B_own` zero): what
 a site without private factors would get. The teacher has no gradient. The direction and the silent branch are
-our reconstruction (methods.md section 8.3).
+our reconstruction (chapter 13).
 """
 
 from dataclasses import dataclass

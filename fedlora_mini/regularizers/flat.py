@@ -23,7 +23,7 @@ class FlatNoise(Regularizer):
     W' = W_0 + s B A is (m, n) and W'_i its row i, so a row's noise has the length rho f_t ||W'_i|| in the mean square;
     f_t = (1 - cos(pi t / T)) / 2 grows from 0 to 1. T is the steps of a round, or `total` steps counted through the
     rounds. ε is a constant in the gradient. Nothing is stored: it is drawn again from (seed, round, step, path), the
-    same for all clients. Li et al. 2025; methods.md section 8.1.
+    same for all clients. Li et al. 2025; chapter 4.
     """
 
     rho: float = 0.05

@@ -42,7 +42,7 @@ class Growth(Regularizer):
     of its norm, or after `longest` steps, it is finished, and the optimiser forgets its moments. Outer loop: the layer
     stops when the merged change ||s b a|| / ||W||, averaged over the last `window` pieces, is below `outer_tol`, or
     when all r_max are used. Every layer runs its own loops. Defaults are those of the authors' code. In a federation a
-    round begins a new piece, after the last non-zero column of B. Sheng et al. 2025; methods.md section 8.1.
+    round begins a new piece, after the last non-zero column of B. Sheng et al. 2025; chapter 6.
     """
 
     check: int = 10

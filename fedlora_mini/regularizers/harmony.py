@@ -1,7 +1,7 @@
 """x <- F^-1(Ā_low + |F(x)|_high, angle F(x)): every image gets the federation's mean amplitude. HarmoFL, Jiang 2022.
 
 In training and at test time alike. The public code's window holds the zero frequency alone (ratio 0): then only each
-channel's mean is exchanged. Here the window is that of card 7.
+channel's mean is exchanged. Here the window is that of chapter 12.
 """
 
 from collections.abc import Mapping

@@ -25,7 +25,7 @@ class InputMask(Regularizer):
     ||x_j|| is the norm of input j over the step's batch, as the adapter has seen it, and its average follows
     EMA <- beta EMA + (1 - beta) ||x_j||, starting from the round's first batch. Steps are counted through the rounds.
     Reconstruction: beta, and that a zero is set once and then trains on, so that an entry can grow back until the next
-    pruning; the row of methods.md section 8.1 leaves both open. Benedek and Wolf 2024.
+    pruning; the paper leaves both open. Benedek and Wolf 2024.
     """
 
     every: int = 40

@@ -20,7 +20,7 @@ class Orthogonality(Regularizer):
     """γ mean over matrices of ||BᵀB - I||_F and ||AAᵀ - I||_F; B is the paper's P, A its Q.
 
     The mean is over all A and all B, as in the public code, which sums the norms; `squared=True` sums their squares, as
-    the paper does. Zhang et al. 2023; methods.md section 8.1.
+    the paper does. Zhang et al. 2023; chapter 6.
     """
 
     gamma: float = 0.1
@@ -51,7 +51,7 @@ class Diversity(Regularizer):
     A_1 … A_N are N parallel adapters of rank r in one LoRA of rank N r: consecutive blocks of r rows of A. The first
     term keeps them away from the inputs that W_0 uses, the second from each other; B is left alone. W_0 is (m, n) as
     it stands frozen, nothing else of that size is formed. Hu et al. 2024; the formula is our reconstruction
-    (methods.md section 8.1).
+    (chapter 6).
     """
 
     blocks: int

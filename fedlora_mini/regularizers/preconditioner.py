@@ -23,7 +23,7 @@ class Riemannian(Regularizer):
     """Scaled gradients for LoRA layers, before SGD's step or Adam's moments.
 
     With ε -> 0 a step of SGD moves BA by -lr (P_B ∇_W + ∇_W P_A), P_B and P_A the projections on B's columns and A's
-    rows: both are the same for (B R, R⁻¹ A). Zhang and Pilanci 2024; methods.md section 8.1.
+    rows: both are the same for (B R, R⁻¹ A). Zhang and Pilanci 2024; chapter 4.
     """
 
     eps: float = 1e-6

@@ -44,7 +44,7 @@ class L1(Regularizer):
     """v <- ξ(v - ρ ∇_v L, η λ), ξ(x, τ) = sign(x) max(|x| - τ, 0): rank = ||v||_0, and zero means 0.0.
 
     Takes the gradient of v away from the optimiser and makes this step after it. A zeroed direction comes back when
-    |ρ ∇_v L| > η λ. methods.md card 4; the defaults are its choices where ARENA's sources leave them open:
+    |ρ ∇_v L| > η λ. chapter 5; the defaults are its choices where ARENA's sources leave them open:
 
     - rho: None is the step's own rate; a number follows the same warm-up and schedule.
     - eta: None is ρ, which makes it proximal gradient descent on L + λ ||v||_1; the source has distinct symbols.

@@ -90,7 +90,7 @@ class SOR(Regularizer):
     all is 0. `encoder`, `decoder`: the factor that travels there, (B, A) for IAT, (A, A) for FedSA. A cosine does not
     know the size of B - B_0, so the gradient goes as λ / ||B - B_0||: in a round's first steps a large λ drowns the
     task, jumps over the minimum and makes the cosine larger. Zhao et al. 2026 give the structure; the proxies and the
-    other forms are our reconstruction (methods.md section 2.4).
+    other forms are our reconstruction (chapter 11).
     """
 
     lam: float = 0.1

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora_mini.adapters import LoRA, adapters, inject, merge, prepare, trainable, unload
-from fedlora_mini.adapters.base import delta_of, keys, region
+from fedlora_mini.adapters import LoRA, adapters, inject, load_state, merge, prepare, trainable, unload, unmerge
+from fedlora_mini.adapters.base import delta_of, freeze, keys, region
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.models.minisam import MiniSAM
 from fedlora_mini.state import clone
@@ -124,6 +124,44 @@ def test_regions_and_keys():
         region(net(), "0.weight")
     with pytest.raises(FedloraError, match=r"no layer 'encoder.nothing'"):
         keys(model, ["encoder.nothing.A"])
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_region_that_is_none_is_refused_at_the_first_use(wrong):
+    """Before anything is adapted, whichever row it stands in."""
+    rows = [(r"enc", "encoder"), (r"head", "head")]
+    rows[wrong] = (rows[wrong][0], "encodr")
+    model = MiniSAM(depth=1, d=16, width=8)
+    model.regions = tuple(rows)
+    with pytest.raises(FedloraError, match=r"unknown region 'encodr'; accepted: decoder, encoder, head.*'encoder'"):
+        prepare(model, rank=2)
+
+
+def test_a_state_is_refused_by_a_merged_model_and_by_one_that_it_does_not_fit():
+    model = prepare(MiniSAM(depth=1, d=16, width=8), rank=2)
+    start = clone(trainable(model))
+    other = {name: value + 1 for name, value in start.items()}
+    with pytest.raises(FedloraError, match=r"is merged: its factors do nothing; call unmerge\(model\)"):
+        load_state(merge(model), other)
+    for misfit in ({"nowhere.A": torch.zeros(1)}, {"head.d": torch.zeros(9)}):
+        with pytest.raises(FedloraError, match=r"has no tensor|has shape"):
+            load_state(unmerge(model), other | misfit)
+        assert all(torch.equal(value, start[name]) for name, value in trainable(model).items())
+    load_state(model, other)
+    assert all(torch.equal(value, other[name]) for name, value in trainable(model).items())
+
+
+def test_frozen_tensors_that_a_state_replaces_are_noted():
+    model = freeze(inject(net(), lora))
+    for _, adapter in adapters(model):
+        adapter.requires_grad_(True).base.requires_grad_(False)
+    load_state(model, trainable(model))
+    assert model.replaced == set()
+    load_state(model, {"0.base.weight": torch.zeros_like(model[0].base.weight)})
+    load_state(copy.deepcopy(model), {"0.base.bias": torch.zeros_like(model[0].base.bias)})
+    assert model.replaced == {"0.base.weight"}  # what a copy got, is the copy's
+    load_state(model, trainable(model))
+    assert model.replaced == {"0.base.weight"}
 
 
 def test_unknown_recipe():

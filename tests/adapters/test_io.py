@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedlora_mini.adapters import Dense, LoRA, adapters, inject, merge, prepare, trainable
+from fedlora_mini.adapters import Dense, LoRA, adapters, freeze, inject, load_state, merge, prepare, trainable, unmerge
 from fedlora_mini.adapters.io import CONFIG, TENSORS, load, save
 from fedlora_mini.errors import FedloraError
+from fedlora_mini.experiments.config import RunConfig
+from fedlora_mini.experiments.federation import Federation
+from fedlora_mini.models import load_base, zoo
 from fedlora_mini.models.minisam import MiniSAM
 from fedlora_mini.state import digest
 
@@ -88,6 +91,107 @@ def test_a_second_save_replaces_the_first(tmp_path):
     second = adapted(rank=3)
     save(second, tmp_path)
     assert torch.equal(load(plain(), tmp_path)(X), second(X))
+
+
+@pytest.mark.parametrize("method", ["fedit", "fedex", "flora"])
+def test_a_client_of_a_run_comes_back_with_what_the_server_folded_into_frozen_weights(method, tmp_path):
+    options = {"per_site": 4, "val": 1, "test": 1, "n_unseen": 0}
+    config = RunConfig(method=method, sites="2", size=16, rounds=2, steps=2, batch=2, data_options=options)
+    federation = Federation.build(config)
+    assert len(list(federation.rounds())) == 2
+    personal, model = federation.engine.personal(0, federation.server), federation.model
+    folded = {name for name in personal if name.endswith(".base.weight")}
+    assert bool(folded) == (method != "fedit")
+    load_state(model, personal)
+    save(model, tmp_path / "client")
+
+    base = load_base("minisam", len(federation.data.classes))
+    loaded = load(base, tmp_path / "client")
+    X = federation.data.sites[0].test.images
+    assert torch.equal(loaded.eval()(X), model.eval()(X))
+    assert digest(trainable(loaded)) == digest(trainable(model))  # what is frozen stays frozen
+    assert load_file(tmp_path / "client" / TENSORS).keys() >= folded
+    again = load(load_base("minisam", len(federation.data.classes)), save(merge(loaded), tmp_path / "again"))
+    assert torch.equal(again.eval()(X), model(X))
+
+
+def test_the_peft_format_refuses_replaced_weights(tmp_path):
+    model = linears(plain())
+    load_state(model, {"encoder.patch.base.weight": model.encoder.patch.base.weight + 1})
+    with pytest.raises(FedloraError, match=r"replaced 'encoder.patch.base.weight'.* peft format cannot hold"):
+        save(model, tmp_path, format="peft")
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(load(plain(), save(model, tmp_path))(X), model(X))
+
+
+def change(model, name):
+    model.state_dict()[name].add_(1e-3)
+    return model
+
+
+@pytest.mark.parametrize("name", ["encoder.patch.weight", "encoder.blocks.0.norm1.bias", "head.bias"])
+def test_another_base_is_refused_and_left_as_it_was(name, tmp_path):
+    save(adapted(), tmp_path)
+    other = change(plain(), name)
+    before = digest(other.state_dict())
+    with pytest.raises(FedloraError, match=r"belongs to another base: frozen tensors of this MiniSAM differ"):
+        load(other, tmp_path)
+    assert digest(other.state_dict()) == before and not list(adapters(other))
+    with pytest.raises(FedloraError, match=r"another base"):
+        load(prepare(other, "lora", rank=2, alpha=3.0), tmp_path)
+    with pytest.raises(FedloraError, match=r"another base.*number type"):
+        load(plain().bfloat16(), tmp_path)
+
+
+def test_the_base_is_the_same_merged_trained_or_loaded_into(tmp_path):
+    model = adapted()
+    expected = base_of(save(model, tmp_path))
+    assert base_of(save(merge(model), tmp_path)) == expected
+    load_state(unmerge(model), {name: value + 1 for name, value in trainable(model).items()})
+    assert base_of(save(model, tmp_path)) == expected
+    assert base_of(save(load(plain(), tmp_path), tmp_path)) == expected
+
+
+def test_a_replaced_weight_is_not_of_the_base(tmp_path):
+    """It comes with the folder, so that another base may have another one there."""
+    model = adapted()
+    load_state(model, {"encoder.patch.base.weight": model.encoder.patch.base.weight + 1})
+    save(model, tmp_path)
+    assert torch.equal(load(change(plain(), "encoder.patch.weight"), tmp_path)(X), model(X))
+    save(adapted(), tmp_path)
+    with pytest.raises(FedloraError, match=r"another base"):  # the model's is not the plain one any more
+        load(model, tmp_path)
+
+
+def test_statistics_of_frozen_norms_are_of_the_base_and_counters_are_not(tmp_path):
+    def network():
+        return zoo.build("unet_bn", 2)
+
+    save(prepare(network(), "lora"), tmp_path)
+    norm = next(name for name, _ in network().named_buffers() if name.endswith("running_mean"))
+    load(change_counter(network()), tmp_path)
+    with pytest.raises(FedloraError, match=r"another base"):
+        load(change(network(), norm), tmp_path)
+
+
+def change_counter(model):
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.add_(1)
+    return model
+
+
+def base_of(folder):
+    return json.loads((folder / CONFIG).read_text())["base"]
+
+
+def test_a_folder_of_old_says_nothing_of_the_base_and_is_read(tmp_path):
+    model = adapted()
+    save(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["base"], config["replaced"]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert torch.equal(load(plain(), tmp_path)(X), model(X))
 
 
 def test_another_network_is_refused_and_left_as_it_was(tmp_path):
@@ -188,7 +292,7 @@ def test_a_dense_head_travels_as_a_module_to_save(tmp_path, merged):
 
 
 def test_the_peft_format_refuses_what_it_cannot_hold(tmp_path):
-    with pytest.raises(FedloraError, match=r"'decoder.up1' is a ConvTranspose2d"):
+    with pytest.raises(FedloraError, match=r"'decoder.up1' is a ConvTranspose2d.*inject\(freeze\(model\), .*Linear"):
         save(adapted(), tmp_path, format="peft")
     with pytest.raises(FedloraError, match=r"not head \(Dense\)|not .* without"):
         save(prepare(plain(), "head"), tmp_path, format="peft")
@@ -199,6 +303,25 @@ def test_the_peft_format_refuses_what_it_cannot_hold(tmp_path):
     inject(both, lambda layer, g: LoRA(layer, rslora=layer is both[0]))
     with pytest.raises(FedloraError, match=r"use_rslora"):
         save(both, tmp_path, format="peft")
+
+
+@pytest.mark.parametrize("name", zoo.MODELS | zoo.CLASSIFIERS)
+def test_the_networks_that_readme_says_the_peft_format_can_hold(name, tmp_path):
+    """Row "lora" of two; by the way that the error names, those with Linear layers."""
+    whole, partly = ("segresnet", "vit"), ("minisam", "unetr", "unetr3d", "swin_unetr", "swin_unetr3d")
+    if name in whole:
+        save(prepare(zoo.build(name, 2), "lora"), tmp_path, format="peft")
+        load(zoo.build(name, 2), tmp_path)
+        return
+    with pytest.raises(FedloraError, match=r"the peft format here holds|that peft's LoRA does not keep") as told:
+        save(prepare(zoo.build(name, 2), "lora"), tmp_path, format="peft")
+    if name in partly:
+        way = str(told.value).partition("alone: ")[2]
+        model = eval(way, {"inject": inject, "freeze": freeze, "LoRA": LoRA, "nn": nn, "model": zoo.build(name, 2)})
+        for _, adapter in adapters(model):
+            nn.init.normal_(adapter.B)
+        loaded = load(zoo.build(name, 2), save(model, tmp_path, format="peft"))
+        assert digest(trainable(loaded)) == digest(trainable(model))
 
 
 @pytest.mark.parametrize(

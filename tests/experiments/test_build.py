@@ -11,16 +11,17 @@ from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation
 from fedlora_mini.experiments.run import run
 from fedlora_mini.federation import METHODS
+from fedlora_mini.federation.schedule import by_round, only
 from fedlora_mini.federation.sharing import factors
 
 TINY = {"size": 16, "rounds": 1, "steps": 1, "batch": 2, "threads": 1}
 
 
-def hospital(label=1, channels=3, dtype=torch.float32, size=16, masks=torch.uint8):
+def hospital(label=1, channels=3, dtype=torch.float32, size=16, masks=torch.uint8, brightest=1.0, organ=1):
     y = torch.zeros(3, size, size, dtype=masks)
-    y[:, 4:8, 4:8] = label
-    split = Split(torch.rand(3, channels, size, size, dtype=dtype), y)
-    return Site(f"{label} {channels} {size} {dtype} {masks}", split, split, split)
+    y[:, 4:8, 4:8], y[:, 12, 12] = label, organ
+    split = Split(brightest * torch.rand(3, channels, size, size, dtype=dtype), y)
+    return Site(f"{label} {channels} {size} {dtype} {masks} {brightest} {organ}", split, split, split)
 
 
 def own(site):
@@ -36,11 +37,25 @@ def own(site):
         ({"channels": 1}, r"an image is \(3, 16, 16\) of torch.float32 in \[0, 1\], got \(1, 16, 16\)"),
         ({"dtype": torch.float64}, "an image is .*, got .* of torch.float64"),
         ({"size": 32}, r"an image is \(3, 16, 16\) .*, got \(3, 32, 32\)"),
+        ({"brightest": 255.0}, r"an image is .* in \[0, 1\], got numbers from .* to 25"),
+        ({"brightest": float("nan")}, r"an image is .* in \[0, 1\], got numbers from nan to nan"),
     ],
 )
 def test_data_that_no_network_can_train_on_are_refused(site, words):
     with pytest.raises(FedloraError, match=f"site '.*' of 'hospital X', train: {words}"):
         Federation.build(RunConfig(data="hospital X", **TINY), own(hospital(**site)))
+
+
+@pytest.mark.parametrize(("label", "hint"), [(0, ""), (255, "; 255 says that nobody is judged")])
+def test_a_site_that_could_not_be_scored_is_refused(label, hint):
+    """Its mean Dice would be nan, and every mean with it; masks of 0 and 255 are a common way to get there."""
+    with pytest.raises(FedloraError, match=f"test: no mask has any foreground, so there is no score{hint}$"):
+        Federation.build(RunConfig(data="hospital X", **TINY), own(hospital(label=label, organ=0)))
+
+
+def test_images_are_tensors():
+    with pytest.raises(FedloraError, match=r"images are a torch.Tensor, got ndarray; see torch.from_numpy"):
+        Split(torch.rand(2, 3, 16, 16).numpy(), torch.zeros(2, 16, 16))
 
 
 def test_nobody_is_judged_on_ignored_labels():
@@ -52,6 +67,21 @@ def test_a_row_that_would_send_nothing_is_refused(monkeypatch):
     monkeypatch.setitem(METHODS, "mine", row)
     with pytest.raises(FedloraError, match="no client would send a number; its factors: "):
         Federation.build(RunConfig(method="mine", **TINY), own(hospital(size=16, label=0)))
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ({"shared": factors("C", "B", head=True)}, "no factor 'C' in the encoder; its factors there: A, B"),
+        ({"shared": factors("A", "C", head=True)}, "no factor 'C' in the decoder; its factors there: A, B"),
+        ({"schedule": only("C")}, "no factor 'C' in the encoder"),
+        ({"schedule": by_round("B", "C")}, "no factor 'C' in the encoder"),
+    ],
+)
+def test_a_factor_that_no_layer_has_is_refused_before_anything_trains(monkeypatch, cells, words):
+    monkeypatch.setitem(METHODS, "mine", replace(METHODS["fedit"], **cells))
+    with pytest.raises(FedloraError, match=words):
+        Federation.build(RunConfig(method="mine", **TINY), own(hospital(label=0)))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,15 @@ from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments import compare
 from fedlora_mini.experiments.compare import SEARCH_ON, SEARCH_SEED, Comparison, search_seeds
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.federation import dataset_of
-from fedlora_mini.experiments.report import difference_table, figure, read_results, summary, write_report
+from fedlora_mini.experiments.federation import Federation, dataset_of
+from fedlora_mini.experiments.report import (
+    difference_table,
+    figure,
+    leakage_table,
+    read_results,
+    summary,
+    write_report,
+)
 from fedlora_mini.experiments.run import run
 
 TINY = {"sites": "2", "size": 32, "rounds": 2, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
@@ -57,6 +65,64 @@ def test_the_report_reads_back_what_was_written(comparison, tmp_path):
     text, picture = write_report(results, tmp_path)
     assert text.read_text().count("\n|") >= 8 and picture.read_bytes().startswith(b"\x89PNG")
     assert len(figure(results).axes) == 4
+
+
+def test_a_rate_cannot_be_searched_where_a_site_has_no_validation_score(tmp_path, monkeypatch):
+    data = dataset_of(RunConfig(**TINY))
+    first, *others = data.sites
+    blank = replace(first, val=replace(first.val, masks=torch.zeros_like(first.val.masks)))
+    monkeypatch.setattr(compare, "dataset_of", lambda config: replace(data, sites=(blank, *others)))
+    with pytest.raises(FedloraError, match=r"validation masks have no foreground.*name a rate"):
+        Comparison(["fedit"], [0], TINY, tmp_path, rates=(1e-3, 1e-2)).run()
+
+
+@pytest.mark.parametrize(("methods", "seeds", "what"), [([], [0], "methods"), (["fedit"], [], "seeds")])
+def test_a_comparison_of_nothing_is_refused(methods, seeds, what, tmp_path):
+    with pytest.raises(FedloraError, match=f"nothing to compare: {what} is empty"):
+        Comparison(methods, seeds, TINY, tmp_path).run()
+
+
+def test_one_seed_has_no_interval(comparison):
+    """The sites of one seed, drawn again, would give one that says nothing of other seeds."""
+    one = [r for r in comparison[1] if r["config"]["seed"] == 0]
+    assert set(difference_table(one)["95 % interval"]) == {"–"}
+    lines = figure(one).axes[-1].lines
+    assert lines and {line.get_color() for line in lines} == {"0.4", "black"}
+
+
+def test_a_client_s_bytes_do_not_depend_on_how_many_took_part(tmp_path):
+    settings = TINY | {"sites": "4"}
+    told = [run(RunConfig(method="fedit", fraction=f, **settings), tmp_path / str(f)) for f in (1.0, 0.5)]
+    assert [r["clients"] for r in told] == [[4, 4], [2, 2]]
+    one, other = (summary([r]).loc["FedIT", "KB up / client / round"] for r in told)
+    assert one == other == f"{told[0]['bytes_up'][0] / 4 / 1e3:.1f}"
+    without = {name: value for name, value in told[0].items() if name != "clients"}  # as older records are
+    assert summary([without]).loc["FedIT", "KB up / client / round"] == one
+
+
+def test_a_report_tells_leakage_and_refused_updates(tmp_path):
+    result = run(RunConfig(method="iat", leakage=True, **TINY), tmp_path / "run")
+    table = leakage_table([result])["IAT sharing"]
+    rounds = [each["leak_cos2"] for each in result["leakage"]["rounds"]]
+    level = [each["leak_cos2_chance"] for each in result["leakage"]["rounds"]]
+    assert table["leak_cos2"] == f"{sum(rounds) / 2:.3g} ({sum(level) / 2:.3g})"
+    assert not any(name.endswith("_chance") for name in table.index)
+    refused = result | {"refused": ["client 0: numbers that are not finite"] * 2}
+    text = write_report([refused], tmp_path / "report")[0].read_text()
+    assert "leak_cos2" in text and "- iat, seed 0: 2 updates refused, first client 0: numbers" in text
+    assert len(leakage_table([run(RunConfig(method="fedit", **TINY), tmp_path / "other")])) == 0
+
+
+def test_a_folder_may_be_given_by_its_name(comparison, tmp_path):
+    folder, results = comparison
+    again = Comparison(["local", "fedit", "pooled"], [0, 1], TINY, str(folder)).run()
+    assert again == results == read_results([str(folder)])
+    text, _ = write_report(results, str(tmp_path / "report"))
+    assert text == tmp_path / "report" / "report.md"
+    one = next(folder.glob("fedit-seed0-*"))
+    result = json.loads((one / "result.json").read_text())
+    assert run(RunConfig.read(result["config"]), str(one)) == result
+    assert Federation.finished(str(one)).server.round == TINY["rounds"]
 
 
 def test_one_run_alone_has_a_report_too(comparison, tmp_path):

@@ -102,6 +102,13 @@ def test_an_option_that_nothing_takes_is_refused():
         companions("lora", lam=1.0)
     with pytest.raises(FedloraError, match=r"training option of adapter 'pego' 'block'.*Did you mean 'blocks'"):
         companions("pego", block=1)
+    for name, change in (("lora-4", {"lam": 1}), ("arena-8", {"lambda": "x"})):
+        with pytest.raises(
+            FedloraError, match=f"unknown training option of adapter '.*' '{next(iter(change))}'; accep"
+        ):
+            arm(name).objective(**change)
+    with pytest.raises(FedloraError, match="option 'lam' of 'ARENA r=8' is a finite number, got 'x'"):
+        arm("arena-8").objective(lam="x")
 
 
 def test_training_ends_when_the_loss_stands_still():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 
 from fedlora_mini.errors import FedloraError
 from fedlora_mini.experiments.config import RunConfig
-from fedlora_mini.experiments.federation import Federation
+from fedlora_mini.experiments.federation import Federation, dataset_of
 from fedlora_mini.experiments.run import run
+from fedlora_mini.federation import METHODS
 
 TINY = {"sites": "2", "size": 32, "rounds": 3, "steps": 2, "batch": 2, "rank": 2, "threads": 1}
 TINY |= {"data_options": {"per_site": 6, "val": 2, "test": 3}}
@@ -102,6 +104,57 @@ def test_a_begun_run_of_other_settings_is_told_by_what_it_was(tmp_path):
         run(RunConfig(method="fedit", sigma=1.0, **TINY), tmp_path, stop)
     with pytest.raises(FedloraError, match=r"another run's checkpoint; .* stays released"):
         run(RunConfig(method="fedit", **TINY | {"sites": "3"}), tmp_path)
+
+
+OTHER = {
+    "images": (lambda data: replace(data, sites=data.sites[::-1]), "other images"),
+    "row": (lambda data: data, "another row of that name"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_a_folder_is_not_taken_up_by_other_images_or_another_row_of_its_name(what, tmp_path, monkeypatch):
+    """Neither where the run has ended, nor where it was stopped; its own images and row are welcome in both."""
+    change, told = OTHER[what]
+    config = RunConfig(method="fedit", **TINY)
+    data = dataset_of(config)
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    ended, begun = tmp_path / "ended", tmp_path / "begun"
+    result = run(config, ended, data=data)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, begun, stop, data)
+    if what == "row":
+        monkeypatch.setitem(METHODS, "fedit", replace(METHODS["fedit"], schedule=METHODS["rolora"].schedule))
+    for folder in (ended, begun):
+        with pytest.raises(FedloraError, match=f"'{folder}' .* {told}"):
+            run(config, folder, data=change(data))
+    with pytest.raises(FedloraError, match=told):
+        Federation.finished(ended, change(data))
+    monkeypatch.undo()
+    assert run(config, ended, data=lambda: data) == result
+    assert run(config, begun, data=data)["final_sha256"] == result["final_sha256"]
+
+
+def test_the_record_of_a_private_run_has_no_digest_of_its_images(tmp_path):
+    """Who guesses them all could confirm it."""
+    kept = run(RunConfig(method="fedit", sigma=1.0, **TINY), tmp_path)["versions"]
+    assert "data" not in kept and "row" in kept
+
+
+def test_a_checkpoint_of_another_run_is_not_called_damaged(tmp_path):
+    config = RunConfig(method="fedit", **TINY)
+
+    def stop(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, stop)
+    with pytest.raises(FedloraError) as told:
+        run(config.but(rounds=4), tmp_path)
+    assert "damaged" not in str(told.value) and str(told.value).count("choose another folder") == 1
 
 
 def test_a_record_of_another_version_is_one_clear_error(tmp_path):

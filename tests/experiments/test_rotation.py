@@ -75,7 +75,7 @@ def test_the_tail_of_singular_values_is_what_a_numerical_minimiser_reaches(share
 
 
 def test_the_shared_factor_that_suits_the_shift_is_exact_and_the_other_is_not():
-    """d = 24, r = 4, K = 5, angle 0.54: 0 against 0.167 +- 0.014 over 50 seeds; methods.md has 0.178 and 0.155."""
+    """d = 24, r = 4, K = 5, angle 0.54: 0 against 0.167 +- 0.014 over 50 seeds; a prototype had 0.178 and 0.155."""
     tables = [optima(seed=seed) for seed in range(20)]
     for shift, exact, other in (("appearance", "B", "A"), ("supervision", "A", "B")):
         assert max(table[shift, exact] for table in tables) < 1e-20

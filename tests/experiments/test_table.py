@@ -158,7 +158,7 @@ def test_private_gradients_through_batch_norms_that_train_are_refused_with_the_r
     ],
 )
 def test_bytes_up_are_those_of_the_card(data, name, up):
-    """methods.md card 1.4, in floats by layer, plus the head where it travels."""
+    """The bytes of chapter 8, in floats by layer, plus the head where it travels."""
     from fedlora_mini.adapters import adapters
     from fedlora_mini.adapters.lora import LoRA
     from fedlora_mini.adapters.ops import matrix_shape

@@ -38,6 +38,19 @@ def batch(client, step):
     return x, (x[:, client % 3] > 0.6).to(torch.uint8)
 
 
+@pytest.mark.parametrize(
+    ("value", "got"), [(None, "None"), (torch.zeros(2), r"a tensor \(2,\)"), ("0", "'0'")], ids=["none", "two", "text"]
+)
+def test_a_penalty_that_is_no_number_is_named(model, value, got):
+    class Mine(Regularizer):
+        def penalty(self, state, context):
+            return value
+
+    for clients in ((0,), (0, 1)):
+        with pytest.raises(FedloraError, match=f"penalty of 'Mine' is {got}; it must be one number"):
+            fit(model, Mine(), clients=clients)
+
+
 def fit(model, *terms, clients=(0,), schedule=together, start=None, round=1, stop=None, seen=None, **budget):
     """End states and losses of the clients, in one pass."""
     own = trainable(model)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters import keys, prepare, trainable
@@ -23,7 +24,8 @@ def marked(names):
 def federation(name, data, execution="auto", dtype=torch.float32, budget=BUDGET, seed=0, network="minisam"):
     row = METHODS[name]
     options = {"d": 16, "depth": 1, "stem": 4, "width": 4} if network == "minisam" else {"norm": "batch"}
-    model = prepare(build(network, len(data.classes), **options), row.adapter).to(dtype)
+    plain = build(network, len(data.classes), **options) if isinstance(network, str) else network(len(data.classes))
+    model = prepare(plain, row.adapter).to(dtype)
     start = trainable(model)
     table = keys(model, list(start))
     splits = [type(site.train)(site.train.images.to(dtype), site.train.masks) for site in data.sites]
@@ -55,6 +57,52 @@ def test_the_same_seed_twice_gives_the_same_bytes_and_another_seed_others(tiny, 
         advance(engine, server)
         digests.append(S.digest(final(engine, server)))
     assert digests[0] == digests[1] != digests[2]
+
+
+class Dropping(nn.Module):
+    """A small network with dropout."""
+
+    def __init__(self, classes):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.encoder = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.5))
+            self.head = nn.Conv2d(6, classes, 1)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ditto", "moon"])
+def test_dropout_follows_the_seed_and_leaves_the_generator_of_pytorch_alone(tiny, name):
+    digests, before = [], torch.get_rng_state()
+    for seed in (0, 0, 1):
+        _, engine, server = federation(name, tiny, seed=seed, network=Dropping)
+        advance(engine, server)
+        digests.append(S.digest(final(engine, server)))
+    assert digests[0] == digests[1] != digests[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dropout_differs_by_client_round_and_purpose(tiny):
+    _, engine, _ = federation("fedavg", tiny, network=Dropping)
+    same, drawn = tiny.sites[0].train, []
+    for client, round, purpose in (
+        (0, 1, "batches"),
+        (0, 1, "batches"),
+        (1, 1, "batches"),
+        (0, 2, "batches"),
+        (0, 1, "x"),
+    ):
+        member = engine.members[client]
+        member.batches = lambda *_: lambda step: (same.images[:2], same.masks[:2])
+        drawn.append(S.digest(member.fit(round, purpose=purpose)[0]))
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 4
+
+
+def test_dropout_has_no_grouped_execution_where_it_is_active(tiny):
+    with pytest.raises(FedloraError, match="no group axis"):
+        federation("fedavg", tiny, "grouped", network=Dropping)
 
 
 @pytest.mark.parametrize("name", marked(n for n, m in METHODS.items() if groupable(m) and not m.pooled))

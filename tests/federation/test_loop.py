@@ -1,5 +1,6 @@
 """The one loop, over an engine that can be made to misbehave."""
 
+import re
 import weakref
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 
 from fedlora_mini import state as S
 from fedlora_mini.adapters import keys, prepare, trainable
-from fedlora_mini.errors import FedloraError
+from fedlora_mini.errors import Diverged, FedloraError
 from fedlora_mini.federation import METHODS, Request, Server, Update, federate
 from fedlora_mini.federation.aggregation import AggregationError, aggregation_error
 from fedlora_mini.models import build
@@ -178,7 +179,24 @@ def test_without_a_usable_update_the_run_stops_and_keeps_the_last_good_state(set
     engine = Script([0], constant(lambda client: float("nan"), setting))
     with pytest.raises(FedloraError, match=r"round 1: no usable update.*NaN"):
         list(federate(METHODS["fedit"], engine, server, table, 1, STEPS, lambda round: [0]))
+    with pytest.raises(Diverged, match="A smaller --lr often helps"):
+        run("fedit", setting, engine)
     assert server.round == 0 and S.digest(server.state) == S.digest(start)
+
+
+def test_a_note_that_its_work_did_not_declare_is_named_and_no_rate_is_blamed(setting):
+    good = constant(lambda client: 1.0, setting)
+
+    def answer(client, request):
+        update = good(client, request)
+        return replace(update, state=update.state | {"~v": torch.ones(1)})
+
+    for name in ("fedit", "resfim_lora"):
+        accepted = ", ".join(METHODS[name].work.messages) or "none"
+        told = re.escape(f"note '~v' is not among its work's `messages`; accepted: {accepted}")
+        with pytest.raises(FedloraError, match=told) as caught:
+            run(name, setting, Script([0], answer))
+        assert "--lr" not in str(caught.value)
 
 
 def test_a_client_is_told_only_what_changed_since_it_last_took_part(setting):

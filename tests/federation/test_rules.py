@@ -272,6 +272,12 @@ def test_a_pair_wider_than_the_server_is_refused_not_cut():
         padded(state(9, rank=2), clients())
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=named)
+def test_no_update_at_all_is_one_clear_error(rule):
+    with pytest.raises(FedloraError, match=r"need|positive"):
+        rule(state(9), [])
+
+
 def test_every_rule_has_words_for_the_table():
     for rule in RULES.values():
         words = getattr(rule, "label", None) or (rule.__doc__ or "").splitlines()[0]

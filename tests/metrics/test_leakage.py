@@ -204,7 +204,7 @@ def test_the_level_of_leak_energy_is_the_mean_over_the_ways_to_pass_the_private_
 
 @pytest.mark.parametrize(("theta", "energy"), [(0.3, 0.01), (0.825, 0.41), (2.0, 0.98)])
 def test_ideal_private_factors_leak_nothing_and_yet_m1_goes_to_one(theta, energy):
-    """A_k = A R_kᵀ, G_k = G R_kᵀ, 12 sites: all push B by the same G Aᵀ. methods.md section 3, M1."""
+    """A_k = A R_kᵀ, G_k = G R_kᵀ, 12 sites: all push B by the same G Aᵀ. Chapter 11, M1."""
     found, p = [], torch.full((12,), 1 / 12, dtype=torch.float64)
     for seed in range(20):
         R = rotations(theta, 24, 12, seed)

@@ -117,8 +117,7 @@ def test_nothing_released_costs_nothing_and_no_noise_costs_everything():
 
 
 # Noise multipliers in print for epsilon 3, 2, 1: records of a client, delta, steps, sigma; and the epsilon that a valid
-# account of them gives at batch 16, then by Renyi (methods.md section 0, finding 4; card 5.4 for CIFAR-100, whose
-# read-me has one).
+# account of them gives at batch 16, then by Renyi (chapter 17; for CIFAR-100, whose read-me has one).
 PRINTED = {
     "SST-2": (67_349 / 20, 1e-5, 700, (0.36, 0.53, 1.0), (20.4, 5.7, 0.70), (24.2, 7.0, 1.09)),
     "QNLI": (104_743 / 20, 1e-5, 700, (0.23, 0.34, 0.67), (62.9, 19.0, 1.84), (76.1, 22.8, 2.67)),

@@ -1,5 +1,7 @@
 """The noise that a budget asks for: never too little, hardly too much, and the same as others would find."""
 
+import math
+
 import pytest
 
 from fedlora_mini.errors import FedloraError
@@ -92,6 +94,8 @@ def test_the_answer_is_remembered():
     ("call", "message"),
     [
         (lambda: calibrate(0.0, 1e-5, 0.1, 10), "epsilon must be positive"),
+        (lambda: calibrate(math.inf, 1e-5, 0.1, 10), "epsilon must be positive and finite, got inf"),
+        (lambda: calibrate(math.nan, 1e-5, 0.1, 10), "epsilon must be positive and finite, got nan"),
         (lambda: calibrate(1.0, 1e-5, 0.1, 0), "at least one step"),
         (lambda: calibrate(1.0, 1e-5, 0.0, 10), "q must be in"),
         (lambda: calibrate(1.0, 1.5, 0.1, 10), r"delta must be in \(0, 1\)"),

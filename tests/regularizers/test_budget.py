@@ -41,7 +41,7 @@ def test_the_cubic_schedule():
 
 
 class Loop:
-    """The row of methods.md, one number at a time: I, its averages, the triplets, the top b."""
+    """The formulas of AdaLoRA, one number at a time: I, its averages, the triplets, the top b."""
 
     def __init__(self, term, T, paths):
         self.term, self.T, self.paths, self.mean, self.deviation = term, T, paths, {}, {}

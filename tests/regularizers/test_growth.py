@@ -78,7 +78,7 @@ def test_a_new_round_goes_on_after_the_last_piece(adapted, fit):
 
 
 class Loop:
-    """W itself, and the pieces that are merged into it: what the row of methods.md says, without a store."""
+    """W itself, and the pieces that are merged into it: what the paper says, without a store."""
 
     def __init__(self, term, W, A, s):
         self.term, self.W, self.rows, self.s = term, W, list(A), s

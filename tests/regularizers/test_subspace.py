@@ -65,7 +65,7 @@ def leaves(state):
 
 @both_regions
 def test_the_proxies_have_the_inner_product_of_the_updates_but_not_their_norms(region):
-    """methods.md section 2.4. In the decoder Q_sh = (A - A_0) A_0ᵀ and Q_lo = B_0ᵀ δB."""
+    """Chapter 11. In the decoder Q_sh = (A - A_0) A_0ᵀ and Q_lo = B_0ᵀ δB."""
     state, c = setting([region])
     shared, private = dense(state, c, region, "L0")
     A, B, A0, B0 = (s[f"L0.{f}"] for s in (state, c.start) for f in "AB")

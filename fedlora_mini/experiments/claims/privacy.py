@@ -5,7 +5,7 @@ with test images that no search meets and rates from two seeds, the nuclei with 
 they were written.
 
 All arms of one file have the same epsilon, rounds, local steps, clip, expected batch, data and starts, and each has its
-rate from one grid. `private_half` has half the local steps with the noise recalibrated. methods.md 5.6, 5.8, section 9.
+rate from one grid. `private_half` has half the local steps with the noise recalibrated. Chapters 17, 18.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which factors travel: one LoRA for all against alone, the 2x2 of shifts by assignments, SOR. methods.md section 9."""
+"""Which factors travel: one LoRA for all against alone, the 2x2 of shifts by assignments, SOR. Chapters 7, 9 to 11."""
 
 from fedlora_mini.experiments.claims.claim import MARGIN, Claim
 

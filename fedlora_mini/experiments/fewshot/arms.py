@@ -1,9 +1,8 @@
 """What is compared from few images: an adapter, its options, and what belongs to its training. One row an arm."""
 
-import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
 from torch import nn
 
@@ -35,12 +34,9 @@ class Arm:
 
     def objective(self, **changes: Any) -> tuple[Regularizer, ...]:
         """The adapter's regularisers. Raises for a change that none of them has, or of another type than theirs."""
-        kinds: dict[str, Any] = (
-            {f.name: f.type for f in fields(FURTHER[self.adapter])} if self.adapter in FURTHER else {}
-        )
-        if self.adapter in COMPANIONS:
-            kinds |= {p.name: p.annotation for p in inspect.signature(COMPANIONS[self.adapter]).parameters.values()}
-        fit = {n: fitting(f"option '{n}' of '{self.title}'", v, kinds.get(n, object)) for n, v in changes.items()}
+        takers = [table[self.adapter] for table in (FURTHER, COMPANIONS) if self.adapter in table]
+        kinds = {name: kind for taker in takers for name, kind in get_type_hints(taker).items()}
+        fit = {n: fitting(f"option '{n}' of '{self.title}'", v, kinds.get(n, Any)) for n, v in changes.items()}
         return companions(self.adapter, **{**self.training, **fit})
 
 

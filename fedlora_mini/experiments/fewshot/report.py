@@ -68,7 +68,7 @@ def summary(results: Sequence[Result], shots: int) -> pd.DataFrame:
             {
                 "arm": row(arm).title,
                 "Dice": f"{dice.mean():.3f}",
-                "95 % interval": f"[{low:.3f}, {high:.3f}]",
+                "95 % interval": f"[{low:.3f}, {high:.3f}]" if len(dice) > 1 else "–",
                 "HD95": f"{np.mean([r['hd95'] for r in own]):.1f}",
                 "trained": f"{own[0]['trained']:,}",
                 "kept": f"{np.mean([r['kept'] for r in own]):,.0f}",
@@ -113,8 +113,9 @@ def by_layer(results: Sequence[Result], arm: str, shots: int) -> pd.DataFrame:
     return frame.groupby("task").mean().T
 
 
-def write_report(results: Sequence[Result], folder: Path) -> tuple[Path, list[Path]]:
+def write_report(results: Sequence[Result], folder: str | Path) -> tuple[Path, list[Path]]:
     """`report.md` with a table for every number of shots, and one picture each. Returns their paths."""
+    folder = Path(folder)
     lines, pictures = ["# Few-shot adaptation", ""], []
     tasks = sorted({r["config"]["task"] for r in results})
     splits = len({r["config"]["split"] for r in results})

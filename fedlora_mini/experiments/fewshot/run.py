@@ -182,6 +182,7 @@ class Study:
     searched: Sequence[int] = SEARCH_SPLITS
 
     def __post_init__(self) -> None:
+        self.folder = Path(self.folder)  # its name will do
         self._done: dict[str, dict[str, Any]] = {}
         for name in self.tasks:
             if not task(name).tune:

@@ -1,4 +1,4 @@
-"""How near real sites are to the theory of who should share what (methods.md section 2.2), and whether it shows.
+"""How near real sites are to the theory of who should share what (chapters 9, 10), and whether it shows.
 
 If sites differ by a linear map of a layer's inputs, one B serves all; if by one of its outputs, one A does. Measured
 here are the least linear maps between sites' features (`maps`), what the sites' own updates would lose by one A or one

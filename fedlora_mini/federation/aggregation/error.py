@@ -19,7 +19,7 @@ class AggregationError:
 
     Over all adapted layers whose factors are common to all clients once the round is over. `before` and `after` are the
     server's states. ΔW(after) is that of its factors, plus `<path>.fold.B` `<path>.fold.A` where the rule changed W_0.
-    For the mean of LoRA factors the numerator is ||Cov_p(B, A)||_F (methods card 1.2): 0 if one factor is equal on all
+    For the mean of LoRA factors the numerator is ||Cov_p(B, A)||_F (chapter 7): 0 if one factor is equal on all
     clients. `private(name)` tells what stays at the sites: a layer with a private factor has no common ΔW, so it is
     left out.
 

@@ -1,4 +1,4 @@
-"""θ_i <- sum_k p_k M_ki θ_ki / sum_k p_k M_ki, entry by entry: the server's side of pFL-ResFIM. Card 7, step 7."""
+"""θ_i <- sum_k p_k M_ki θ_ki / sum_k p_k M_ki, entry by entry: the server's side of pFL-ResFIM. Chapter 12."""
 
 from collections.abc import Iterable
 

@@ -5,7 +5,7 @@ renewed only when it was the one that moved; tau falls from 1 to 0.1. The first 
 The control has P = 1/2 and the same draws: layers are as free, and no score decides.
 
 Choices travel as "~mode/<layer>", scores come as "~score/<layer>", the server's memory stands under "~~as/…".
-methods.md card 6.
+Kim et al. 2026; chapter 18.
 """
 
 from collections.abc import Iterable

@@ -3,7 +3,7 @@
 A site that never trained gets a model of its own without masks. Each layer is a mixture Σ_j π_lj of that layer in all
 clients' averages and in the common model; its norms start as the common model's. Shares and norms are fitted to the
 site's images: 10 x entropy of the prediction + 0.1 x its change under mirroring + 1e-6 x how far the foreground's
-probabilities spread within windows of 21. methods.md 8.3.
+probabilities spread within windows of 21. Chapter 13.
 
 The public code has u <- alpha u + (1 - alpha) w with alpha = 0.1: the average forgets fast; `keep` is what stays of u.
 It routes by image, from the pooled input of every layer through two matrices drawn at random and a sigmoid, and fits

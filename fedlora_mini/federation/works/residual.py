@@ -1,6 +1,6 @@
 """Res_k = 1/(K-1) Σ_{j≠k} |F_{k→j} - F_k|: what a change of style would do to the Fisher information stays at home.
 
-pFL-ResFIM (methods.md card 7; the quantities are our reconstruction). F_k is the diagonal Fisher information on the
+pFL-ResFIM (chapter 12; the quantities are our reconstruction). F_k is the diagonal Fisher information on the
 client's images, F_{k→j} on the same images in client j's style. Within each tensor the share `tau` of entries with the
 largest Res is sensitive: M = 0, kept. The rest is averaged: θ̄_i = Σ p_k M_ki θ_ki / Σ p_k M_ki, θ_k <- M θ̄ + (1-M) θ_k.
 What is disclosed: every client's mean low-frequency amplitude, once, and which entries it keeps. Norms' statistics are
@@ -90,7 +90,9 @@ SCORES: dict[str, Callable[["ResFIM", Member, State], State]] = {
 
 
 def sensitive(scores: Tensor, tau: float) -> Tensor:
-    """True for the share tau of entries, rounded, with the largest scores; of equal ones the first."""
+    """True for the share tau in [0, 1] of entries, rounded, with the largest scores; of equal ones the first."""
+    if not 0 <= tau <= 1:
+        raise FedloraError(f"tau is a share in [0, 1], got {tau}")
     order = scores.flatten().argsort(descending=True, stable=True)[: round(tau * scores.numel())]
     return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill_(0, order, True).view_as(scores)
 
@@ -114,8 +116,8 @@ def directions(scores: State, tau: float) -> State:
 class ResFIM(Work):
     """score: a row of SCORES. level: "entry", or "direction" for LoRA. The first `warmup` rounds are FedAvg.
 
-    warmup: 1, the least, since styles are known from the second round on. The card has 5 (ours, not the paper's, whose
-    number we do not know); of the stored runs' 8 rounds that would leave 3 with masks. No run with 5 is stored.
+    warmup: 1, the least, since styles are known from the second round on. The paper's number we do not know; chapter
+    12 says what more would leave of the stored runs' 8 rounds.
     once: the first mask stays for good, as the lottery's does; else each round draws its own.
     """
 

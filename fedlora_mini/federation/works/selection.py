@@ -1,7 +1,7 @@
 """AS-LoRA's client: trains the factor that the server named, and scores it by the last private gradient of the round.
 
 S = max(||g||^2 - d s^2, 0) - (eta kappa / 2) ||g||^2: the decrease of the loss that a step of size eta would bring, to
-second order, with the noise's own energy taken off (d numbers with noise of deviation s each). methods.md card 6.
+second order, with the noise's own energy taken off (d numbers with noise of deviation s each). Chapter 18.
 
 kappa is the curvature along g. curvature "released" takes it from two released gradients of the same factor, kappa =
 <g - g', theta - theta'> / ||theta - theta'||^2, which costs nothing more; "raw" is what the published code means, the

@@ -89,6 +89,12 @@ def test_of_equal_scores_no_more_are_kept_than_asked():
     assert sensitive(scores, 0.5).tolist() == [[True, False, False], [True, False, True]]
 
 
+@pytest.mark.parametrize("tau", [-0.5, 1.5, float("nan")])
+def test_a_share_outside_of_zero_and_one_is_refused(tau):
+    with pytest.raises(FedloraError, match=rf"tau is a share in \[0, 1\], got {tau}"):
+        sensitive(torch.zeros(4), tau)
+
+
 def test_a_round_of_resfim_by_hand(tiny):
     """θ̄_i = Σ p M θ / Σ p M, the old value where nobody sends; θ_k <- M θ̄ + (1 - M) θ_k: the next round's start."""
     watched, server = federation(resfim(tau=0.8), parts(tiny))

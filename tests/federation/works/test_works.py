@@ -1,10 +1,13 @@
 """What all works promise: words for the table, and good notes kept when a client diverges."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedlora_mini import state as S
 from fedlora_mini.data import Split
+from fedlora_mini.errors import FedloraError
 from fedlora_mini.federation import METHODS
 from fedlora_mini.federation.row import Work
 from watched import advance, parts, run
@@ -29,3 +32,14 @@ def test_a_client_that_diverges_keeps_its_last_good_notes(tiny, name):
     member.data = good
     [record] = advance(watched, server, 4)
     assert not record.refused and S.finite(watched.engine.personal(1, server))
+
+
+@pytest.mark.parametrize("returned", [({}, 0.0), ({}, None, {}), ({}, 0.0, None), {}, None], ids=str)
+def test_a_round_that_returns_something_else_is_named(tiny, returned):
+    class Mine(Work):
+        def round(self, client, round):
+            return returned
+
+    row = replace(METHODS["fedit"], work=Mine())
+    with pytest.raises(FedloraError, match=r"work 'Mine' returned .* from its round; .* a tuple of three"):
+        run(row, parts(tiny), 1)
