@@ -125,7 +125,7 @@ EQUAL_BYTES = for pair in $(3); do $(BIN)/fedlora compare $$(echo $$pair | cut -
 MATCHED = $(call EQUAL_BYTES,factorial_$(1),$(call CELL,$(2),$(3)),fedit:5 dual:5 decoder_local:8 fedsa:9 inverse_fedsa:13 \
 	  anti_own_head:16 encoder_local:18) && $(BIN)/fedlora compare local fedit $(call CELL,$(2),$(3)) --rank 8 \
 	  --out runs/factorial_$(1)_rank8 && cp runs/factorial_$(1)_rank8/results.jsonl results/factorial_$(1)_rank8.jsonl
-evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about four hours on one core)
+evidence-factorial: $(READY) ## run again the 2x2 of simulated shifts (about five hours on one core)
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,0,0) --out runs/factorial_none
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,1,0) --out runs/factorial_appearance
 	$(BIN)/fedlora compare $(SHARING) $(call CELL,0,1) --out runs/factorial_supervision

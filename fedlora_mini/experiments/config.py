@@ -194,9 +194,8 @@ class RunConfig:
         mechanism = DPSGD(sigma, q, self.clip, self.clipping, self.micro)
         guard = Guarding(mechanism, budget, self.delta, self.accountant, self.secure)
         guard.ledger()  # raises for a bad budget, delta or accountant
-        if self.unit == "image" and (why := guard.refusal(self.row)):
-            able = [n for n, row in METHODS.items() if ADAPTERS[row.adapter].grouped and not guard.refusal(row)]
-            raise FedloraError(f"{why}; rows that may: {', '.join(able)}")
+        if self.unit == "image":
+            guard.check(self.row)
         if self.passes is not None:
             raise FedloraError("a privacy budget is planned in steps: leave out 'passes'")
         return guard

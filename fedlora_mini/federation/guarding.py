@@ -50,18 +50,13 @@ class Guarding:
         why = f"'{method.title}' tells of its images by more than gradients: there is no privacy budget for it"
         return "" if method.work.free else why
 
-    def refusal(self, method: "Method") -> str:
-        """Why the row may not run: not everything that leaves a client is made of private gradients. Else empty.
+    def check(self, method: "Method") -> None:
+        """Raise unless everything that leaves a client is made of private gradients.
 
         Without a budget a work may tell more, and the record has epsilon = inf and why (`not_dp`). Terms never may read
         images: their gradients would not be clipped.
         """
         if self.budget < float("inf") and (why := self.not_dp(method)):
-            return why
-        reads = [term.label for term in method.objective if not term.free]
-        return f"'{method.title}': '{reads[0]}' reads images beside the private gradient" if reads else ""
-
-    def check(self, method: "Method") -> None:
-        """Raise where there is a `refusal`."""
-        if why := self.refusal(method):
             raise FedloraError(why)
+        if reads := [term.label for term in method.objective if not term.free]:
+            raise FedloraError(f"'{method.title}': '{reads[0]}' reads images beside the private gradient")
