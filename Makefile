@@ -155,7 +155,7 @@ SOR := $(foreach lam,0.001 0.01 0.1,iat_sor:form=proxy,lam=$(lam) iat_sor:form=e
 SOR_REST := fedsa_sor inverse_fedsa_sor anti_sor
 SOR_MORE := dual_sor iat_sor:form=exact,lam=0.01
 RESFIM := resfim resfim:once=true resfim:score=lottery resfim:score=information resfim:score=movement
-RESFIM_MORE := $(foreach tau,0.05 0.1 0.4,resfim:tau=$(tau)) resfim_lora resfim_lora:level=direction
+RESFIM_MORE := $(foreach tau,0.05 0.1 0.4,resfim:tau=$(tau)) resfim_lora resfim_lora:level=direction resfim:warmup=3 resfim:warmup=5
 SOR_STRONG := $(foreach lam,0.01 0.1 1,iat_sor:form=subspace,lam=$(lam)) iat_sor:form=exact,lam=1
 BRANCHES := dual dual_sor dual_alike dual_alike_sor dual_alike_sor:lam=1
 PERSONAL := fedavg ditto:lam=0 ditto ditto:lam=10 fedrep harmofl feddg feddg:contrast=0,inner=0 iop
