@@ -30,6 +30,7 @@ REFUSED = [
     ("run fedit --clip 0", "--clip needs --epsilon or --sigma"),
     ("run fedit --delta 0", "--delta needs --epsilon or --sigma"),
     ("--import nothing.py run fedit", "--import 'nothing.py' is no Python file"),
+    (f"--import {__file__} network fedit", "--import is not for `network`: its nodes are processes of their own"),
     # numbers
     ("run fedit --sigma inf", "sigma must be finite"),
     ("run fedit --dirichlet nan", "dirichlet must be positive and finite"),

@@ -67,6 +67,8 @@ def network_command(args: argparse.Namespace) -> int:
     from fedlora_mini.experiments.loopback import run_loopback
     from fedlora_mini.experiments.report import privacy
 
+    if args.imports:
+        raise FedloraError("--import is not for `network`: its nodes are processes of their own, without that file")
     if not 0 < args.timeout < math.inf:
         raise FedloraError(f"--timeout must be a positive and finite number of seconds, got {args.timeout:g}")
     config = RunConfig(method=args.method, seed=args.seed, **settings(args))

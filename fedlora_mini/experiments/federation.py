@@ -21,7 +21,7 @@ from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.leakage import Watch
 from fedlora_mini.experiments.lines import read_record
 from fedlora_mini.experiments.promise import Promise, guard_of, with_client_privacy
-from fedlora_mini.experiments.provenance import changed, inputs, versions, weights
+from fedlora_mini.experiments.provenance import changed, origin
 from fedlora_mini.federation import Server, Update, federate, repartition
 from fedlora_mini.federation.aggregation import AggregationError, aggregation_error
 from fedlora_mini.federation.client import moves_at_all
@@ -142,8 +142,7 @@ class Federation:
         except FedloraError as error:
             told = "a run on a Dataset of your own needs it again: Federation.finished(folder, data=dataset)"
             raise FedloraError(f"the data '{config.data}' of '{folder}' cannot be loaded ({error}); {told}") from None
-        found = versions() | weights(config.base) | inputs(config.row, data, config.private)
-        if told := changed(result.get("versions", {}), found):
+        if told := changed(result.get("versions", {}), origin(config, data)):
             raise FedloraError(f"'{folder}' holds a run with {told}")
         federation = cls.build(config, data)
         parts: dict[str, State] = {}

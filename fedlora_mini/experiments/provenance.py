@@ -4,18 +4,20 @@ import hashlib
 import inspect
 import os
 import platform
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Set
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedlora_mini import __version__
+from fedlora_mini import state as S
 from fedlora_mini.data import Dataset
-from fedlora_mini.federation import Method
+from fedlora_mini.experiments.config import RunConfig
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -45,13 +47,13 @@ def weights(base: str) -> dict[str, str]:
     return {"base": hashlib.sha256(Path(base).read_bytes()).hexdigest()[:12]} if Path(base).is_file() else {}
 
 
-def inputs(row: Method, data: Dataset, private: bool) -> dict[str, str]:
-    """Digests of what a config only names: a row, which its user may have written, and the images.
+def origin(config: RunConfig, data: Dataset) -> dict[str, str]:
+    """`versions`, and digests of what a config only names: a base, a row, which its user may have written, the images.
 
     Under privacy no images: who guesses them could confirm the guess by it.
     """
-    sha = hashlib.sha256(text_of(row).encode()).hexdigest()[:12]
-    return {"row": sha} | ({} if private else {"data": data.digest})
+    row = hashlib.sha256(text_of(config.row).encode()).hexdigest()[:12]
+    return versions() | weights(config.base) | {"row": row} | ({} if config.private else {"data": data.digest})
 
 
 def changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
@@ -65,11 +67,24 @@ def changed(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     return next((what for name, what in told.items() if name in old and name in new and old[name] != new[name]), "")
 
 
-def text_of(part: Any) -> str:
-    """A text that differs where parts of a row do; with the source of what is not the package's own."""
+def text_of(part: Any, above: tuple[int, ...] = ()) -> str:
+    """A text that differs where parts of a row do, and is the same in every process.
+
+    With the source of what is not the package's own. above: what holds this part, to which it is not followed back.
+    """
+    if id(part) in above:
+        return "itself"
+    within = partial(text_of, above=(*above, id(part)))
+    if isinstance(part, Tensor):
+        return S.digest({"": part})
+    if isinstance(part, Set):
+        return f"{{{', '.join(sorted(map(within, part)))}}}"
     if isinstance(part, Mapping | tuple | list):
-        parts = part.items() if isinstance(part, Mapping) else part
-        return f"({', '.join(map(text_of, parts))})"
+        return f"({', '.join(map(within, part.items() if isinstance(part, Mapping) else part))})"
+    if isinstance(part, MethodType):
+        return within((part.__func__, part.__self__))
+    if isinstance(part, partial):
+        return within((part.func, part.args, part.keywords))
     kind = part if isinstance(part, type | FunctionType) else type(part)
     if kind.__module__ == "builtins":
         return repr(part)
@@ -77,9 +92,11 @@ def text_of(part: Any) -> str:
         own = "" if kind.__module__.startswith("fedlora_mini.") else inspect.getsource(kind)
     except (OSError, TypeError):
         own = ""  # written in a console that keeps no source
-    held = [cell.cell_contents for cell in part.__closure__ or ()] if isinstance(part, FunctionType) else []
-    state = {} if isinstance(part, type | FunctionType) else getattr(part, "__dict__", {})
-    return f"{kind.__module__}.{kind.__qualname__}{text_of((*held, state))}{own}"
+    if isinstance(part, FunctionType):
+        held: Any = ([cell.cell_contents for cell in part.__closure__ or ()], part.__defaults__, part.__kwdefaults__)
+    else:
+        held = {} if isinstance(part, type) else getattr(part, "__dict__", {})
+    return f"{kind.__module__}.{kind.__qualname__}{within(held)}{own}"
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fedlora_mini.experiments.config import RunConfig
 from fedlora_mini.experiments.federation import Federation, dataset_of
 from fedlora_mini.experiments.leakage import ends
 from fedlora_mini.experiments.lines import read_lines, read_record
-from fedlora_mini.experiments.provenance import changed, inputs, machine, versions, weights
+from fedlora_mini.experiments.provenance import changed, machine, origin
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -48,25 +48,14 @@ def run(
     before the first round.
     """
     folder = Path(folder)
-    finished = folder / "result.json"
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if finished.exists():
-        result = read_record(finished)
-        asked = json.loads(json.dumps(config.asdict()))  # as JSON has it
-        if RunConfig.read(result.get("config", {})).asdict() != asked:
-            raise FedloraError(f"'{folder}' holds another run's result; choose another folder")
-        if data is not None or config.data not in DATASETS:  # a name stands for the same images every day
-            data = data() if callable(data) else data or dataset_of(config)
-            found = versions() | weights(config.base) | inputs(config.row, data, config.private)
-            if told := changed(result.get("versions", {}), found):
-                raise FedloraError(f"'{folder}' holds a run with {told}; choose another folder")
-        return result if _tested(result) or not test else _test(folder, result, data)
+    if is_finished(folder, test=False):
+        return _finished(config, folder, data, test)
     started = perf_counter()
     federation = Federation.build(config, data() if callable(data) else data)
     server, engine = federation.server, federation.engine
-    from_what = weights(config.base) | inputs(config.row, federation.data, config.private)
-    made = {"versions": versions() | from_what, "machine": machine(engine.device)}
+    made = {"versions": origin(config, federation.data), "machine": machine(engine.device)}
     head = {"event": "start", "config": config.asdict(), **made}
     head = json.loads(json.dumps(head))  # as a checkpoint has it
     checkpoint = folder / "checkpoint.safetensors"
@@ -112,10 +101,26 @@ def is_finished(folder: Path, test: bool = True) -> bool:
     return (folder / "result.json").exists() and (not test or _tested(read_record(folder / "result.json")))
 
 
-def _test(folder: Path, result: dict[str, Any], data: Dataset | Callable[[], Dataset] | None) -> dict[str, Any]:
+def _finished(
+    config: RunConfig, folder: Path, data: Dataset | Callable[[], Dataset] | None, test: bool
+) -> dict[str, Any]:
+    """The result of a folder that has one. Raises where it is another run's."""
+    result = read_record(folder / "result.json")
+    asked = json.loads(json.dumps(config.asdict()))  # as JSON has it
+    if RunConfig.read(result.get("config", {})).asdict() != asked:
+        raise FedloraError(f"'{folder}' holds another run's result; choose another folder")
+    data = data() if callable(data) else data
+    if data is not None or config.data not in DATASETS:  # a name stands for the same images every day
+        data = data or dataset_of(config)
+        if told := changed(result.get("versions", {}), origin(config, data)):
+            raise FedloraError(f"'{folder}' holds a run with {told}; choose another folder")
+    return result if _tested(result) or not test else _test(folder, result, data)
+
+
+def _test(folder: Path, result: dict[str, Any], data: Dataset | None) -> dict[str, Any]:
     """A finished run that had not met its test images meets them."""
     started = perf_counter()
-    federation = Federation.finished(folder, data() if callable(data) else data)
+    federation = Federation.finished(folder, data)
     result["scores"] = federation.evaluate("test") | result["scores"]
     if result["seconds"] is not None:
         result["seconds"] += perf_counter() - started

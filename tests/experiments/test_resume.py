@@ -94,14 +94,19 @@ def test_a_run_that_went_on_counts_all_its_seconds(tmp_path):
     assert len(result["round_seconds"]) == 3 and result["seconds"] > time.perf_counter() - began
 
 
-def test_a_begun_run_of_other_settings_is_told_by_what_it_was(tmp_path):
-    """Also where its tensors would not fit, and a private one stays one that released something."""
+def begin(config, folder, data=None):
+    """Stop the run after its first round."""
 
     def stop(record):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(RunConfig(method="fedit", sigma=1.0, **TINY), tmp_path, stop)
+        run(config, folder, stop, data)
+
+
+def test_a_begun_run_of_other_settings_is_told_by_what_it_was(tmp_path):
+    """Also where its tensors would not fit, and a private one stays one that released something."""
+    begin(RunConfig(method="fedit", sigma=1.0, **TINY), tmp_path)
     with pytest.raises(FedloraError, match=r"another run's checkpoint; .* stays released"):
         run(RunConfig(method="fedit", **TINY | {"sites": "3"}), tmp_path)
 
@@ -118,14 +123,9 @@ def test_a_folder_is_not_taken_up_by_other_images_or_another_row_of_its_name(wha
     change, told = OTHER[what]
     config = RunConfig(method="fedit", **TINY)
     data = dataset_of(config)
-
-    def stop(record):
-        raise KeyboardInterrupt
-
     ended, begun = tmp_path / "ended", tmp_path / "begun"
     result = run(config, ended, data=data)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, begun, stop, data)
+    begin(config, begun, data)
     if what == "row":
         monkeypatch.setitem(METHODS, "fedit", replace(METHODS["fedit"], schedule=METHODS["rolora"].schedule))
     for folder in (ended, begun):
@@ -146,12 +146,7 @@ def test_the_record_of_a_private_run_has_no_digest_of_its_images(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_not_called_damaged(tmp_path):
     config = RunConfig(method="fedit", **TINY)
-
-    def stop(record):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path, stop)
+    begin(config, tmp_path)
     with pytest.raises(FedloraError) as told:
         run(config.but(rounds=4), tmp_path)
     assert "damaged" not in str(told.value) and str(told.value).count("choose another folder") == 1
@@ -169,11 +164,6 @@ def test_a_record_of_another_version_is_one_clear_error(tmp_path):
 
 def test_a_folder_of_another_run_is_not_overwritten(tmp_path):
     config = RunConfig(method="fedit", **TINY)
-
-    def stop(record):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path, stop)
+    begin(config, tmp_path)
     with pytest.raises(FedloraError, match="another run"):
         run(config.but(seed=1), tmp_path)
