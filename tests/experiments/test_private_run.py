@@ -106,7 +106,7 @@ def test_nobody_is_told_to_delete_a_ledger(tmp_path, monkeypatch):
         with pytest.raises(FedloraError, match=f"another run's checkpoint.*{advice}"):
             run(settings.but(lr=0.5), folder)
         with monkeypatch.context() as patch, pytest.raises(FedloraError, match=f"other code.*{advice}"):
-            patch.setattr("fedlora_mini.experiments.run.versions", lambda: {"source": "another"})
+            patch.setattr("fedlora_mini.experiments.provenance.versions", lambda: {"source": "another"})
             run(settings, folder)
         older = settings.asdict() | {"a_setting_of_older_code": 1}  # which no RunConfig takes
         with pytest.raises(FedloraError, match=f"another run's checkpoint.*{advice}"):
